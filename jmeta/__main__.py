@@ -1,0 +1,87 @@
+"""The command line: `jmeta train [PRESET]`, `eval`, `adapt`, `presets`, `data`, `plot`."""
+
+import dataclasses
+import sys
+from typing import Annotated
+
+import tyro
+
+from jmeta import checkpoint, commands, presets
+
+USAGE = """usage: jmeta COMMAND ...
+
+  train [PRESET] [--steps N ...]   meta-train, test on unseen classes, leave a run in a new folder
+  train --resume RUN [--steps N]   go on with a run that was stopped, or for more steps
+  eval RUN                         test a run again
+  adapt RUN --support DIR --query DIR   learn the classes of your own pictures and classify others
+  presets                          list the presets
+  data NAME                        render glyphs or fetch omniglot, and show what is there
+  plot RUN                         draw learning curve, inner steps and an episode
+
+`jmeta COMMAND --help` lists the options; `jmeta train PRESET --help` shows all fields of a preset."""
+
+ERRORS = (ValueError, TypeError, OSError, FloatingPointError)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Where:
+    """Where a run is written."""
+
+    out: str | None = None
+    """A new folder for the run; runs/PRESET-DATE-TIME if not given."""
+
+
+def _train(args: list[str]) -> None:
+    if "--resume" in args:
+        return _resume(args)
+    named = bool(args) and not args[0].startswith("-")
+    name = args[0] if named else presets.DEFAULT
+    default = presets.preset(name)
+    prog = f"jmeta train {name}"
+    where, config = _parse(prog, args[named:], default)
+    print(commands.train(config, where.out, name=name))
+
+
+def _resume(args: list[str]) -> None:
+    place = args.index("--resume")
+    if place + 1 >= len(args):
+        raise ValueError("train: --resume needs the folder of a run.")
+    run = args[place + 1]
+    config = presets.from_dict(checkpoint.read_run(run)["config"], run)
+    _, changed = _parse("jmeta train --resume RUN", args[:place] + args[place + 2 :], config)
+    print(commands.train(changed, run, resume=True))
+
+
+def _parse(prog: str, args: list[str], default: presets.Config) -> tuple[_Where, presets.Config]:
+    where = tyro.conf.arg(name="")
+    return tyro.cli(tuple[Annotated[_Where, where], Annotated[presets.Config, where]], prog=prog, args=args, default=(_Where(), default))
+
+
+def main() -> None:
+    """Runs one command; expected errors are printed in one line and exit with 1."""
+    args = sys.argv[1:]
+    shown = {"eval": commands.evaluate, "adapt": commands.adapt, "plot": commands.plot}
+    silent = {"presets": commands.show_presets, "data": commands.data}
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE)
+        return
+    command, rest = args[0], args[1:]
+    try:
+        if command == "train":
+            _train(rest)
+        elif command in shown:
+            print(tyro.cli(shown[command], prog=f"jmeta {command}", args=rest))
+        elif command in silent:
+            tyro.cli(silent[command], prog=f"jmeta {command}", args=rest)
+        else:
+            raise ValueError(f"{command!r} is no command; jmeta --help lists them.")
+    except ERRORS as error:
+        print(f"jmeta {command}: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt as error:
+        print(error or "Stopped.", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

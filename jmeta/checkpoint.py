@@ -1,0 +1,203 @@
+"""Checkpoints and runs: what was learned, with what it takes to go on as if never stopped.
+
+A run is a folder: `run.json` (format, config, labels, versions), `checkpoints/STEP/` (Orbax), `metrics.jsonl` and whatever the command
+line adds. Orbax writes a checkpoint beside and renames it, so one that was cut off is never taken for whole.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+FORMAT = 1
+KEEP = 2
+
+
+class Snapshot(NamedTuple):
+    """All that a run needs to go on: the carry of the training loop and the best theta so far.
+
+    Attributes:
+      theta: after `step` meta-steps.
+      state: the outer optimiser's state.
+      step: meta-steps taken.
+      key: the run's key, `jax.random.key_data`.
+      best: the best theta by validation; theta where nothing was validated.
+      score: its score; -inf where nothing was validated.
+    """
+
+    theta: Any
+    state: Any
+    step: int
+    key: Any
+    best: Any
+    score: float
+
+
+def versions() -> dict[str, str]:
+    """Versions and device, to write beside every result."""
+    found = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}
+    device = jax.devices()[0]
+    kind = platform.processor() or platform.machine() if device.platform == "cpu" else device.device_kind
+    cpus = os.cpu_count() if device.platform == "cpu" else jax.device_count()
+    return {"python": platform.python_version(), **found, "device": f"{device.platform} {kind} x{cpus}"}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    os.replace(part, path)
+
+
+def plain(config: Any) -> Any:
+    """A config as JSON would give it back: dataclasses as dicts, tuples as lists."""
+    value = dataclasses.asdict(config) if dataclasses.is_dataclass(config) and not isinstance(config, type) else config
+    return json.loads(json.dumps(value))
+
+
+def read_run(run: str | Path) -> dict[str, Any]:
+    """The description of a run, from its `run.json`.
+
+    Raises:
+      FileNotFoundError: the folder is no run.
+      ValueError: it was written in a newer format.
+    """
+    path = Path(run) / "run.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"run: {run} holds no run.json, so it is no jmeta run. Usual cause: the folder above or below it.")
+    described = json.loads(path.read_text())
+    if described.get("format") != FORMAT:
+        raise ValueError(
+            f"run: {run} has checkpoint format {described.get('format')}, this jmeta reads {FORMAT}. Usual cause: another version."
+        )
+    return described
+
+
+def open_run(workdir: str | Path, resume: bool, config: Any, labels: tuple[str, ...]) -> Path:
+    """Makes the folder of a run, or with `resume` takes up the one there.
+
+    Raises:
+      FileExistsError: the folder holds something and `resume` was not asked for.
+      ValueError: the run there has another config.
+    """
+    folder = Path(workdir).absolute()
+    if folder.is_file():
+        raise FileExistsError(f"workdir: {workdir} is a file; a folder is expected.")
+    started = (folder / "run.json").is_file()
+    if started and not resume:
+        raise FileExistsError(f"workdir: {workdir} holds a run already. Ask for resume to go on with it, or give another folder.")
+    if not started and folder.is_dir() and any(folder.iterdir()):
+        raise FileExistsError(f"workdir: {workdir} is not empty and holds no run of jmeta; give a new or an empty folder.")
+    if started:
+        _same_config(folder, plain(config))
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "run.json", {"format": FORMAT, "config": plain(config), "labels": list(labels), "versions": versions()})
+    return folder
+
+
+def _same_config(folder: Path, config: Any) -> None:
+    """A run may be resumed for more steps, but not as another run."""
+    old = read_run(folder)["config"]
+    if not (isinstance(old, dict) and isinstance(config, dict)):
+        differing = [] if old == config else ["config"]
+    else:
+        differing = [name for name in sorted({*old, *config}) if name != "steps" and old.get(name) != config.get(name)]
+    if differing:
+        raise ValueError(
+            f"resume: the run in {folder} has another config; different: {', '.join(differing)}. Resume with the config it began "
+            "with (steps alone may change), or start a new run."
+        )
+
+
+def _manager(folder: Path) -> Any:
+    import orbax.checkpoint as ocp
+
+    options = ocp.CheckpointManagerOptions(max_to_keep=KEEP, enable_async_checkpointing=False, create=True)
+    return ocp.CheckpointManager(folder / "checkpoints", options=options)
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    """Leaves by path, since Orbax would give NamedTuples back as tuples."""
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def write(folder: Path, snapshot: Snapshot) -> None:
+    """Saves a snapshot as checkpoint `snapshot.step`; the newest two are kept."""
+    import orbax.checkpoint as ocp
+
+    with _manager(folder) as manager:
+        if snapshot.step not in manager.all_steps():
+            leaves = {name: np.asarray(leaf) for name, leaf in _leaves(snapshot).items()}
+            manager.save(snapshot.step, args=ocp.args.StandardSave(leaves))
+
+
+def latest(folder: Path) -> int | None:
+    """The step of the newest whole checkpoint, or None."""
+    if not (folder / "checkpoints").is_dir():
+        return None
+    with _manager(folder) as manager:
+        return manager.latest_step()
+
+
+def read(folder: Path, like: Snapshot) -> Snapshot:
+    """Reads the newest checkpoint into the structure of `like`.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it is of another model, learner or optimiser; the first leaf that differs is named.
+    """
+    return _fit_into(like, _stored(folder), folder)
+
+
+def _stored(folder: Path) -> dict[str, Any]:
+    import orbax.checkpoint as ocp
+
+    step = latest(folder)
+    if step is None:
+        raise FileNotFoundError(f"run: {folder} has no whole checkpoint yet.")
+    with _manager(folder) as manager:
+        return manager.restore(step, args=ocp.args.StandardRestore())
+
+
+def _fit_into(like: Any, stored: dict[str, Any], folder: Path) -> Any:
+    wanted = _leaves(like)
+    cause = "Usual cause: a checkpoint of another model, learner or outer optimiser."
+    if set(wanted) != set(stored):
+        odd = sorted(set(wanted) ^ set(stored))[0]
+        where = "misses" if odd in wanted else "has, unlike the learner,"
+        raise ValueError(f"checkpoint: {folder} {where} {odd}. {cause}")
+    for name, leaf in wanted.items():
+        if jnp.shape(stored[name]) != jnp.shape(leaf):
+            raise ValueError(
+                f"checkpoint: {folder} has {name} of shape {jnp.shape(stored[name])}, the learner expects {jnp.shape(leaf)}. {cause}"
+            )
+    leaves = [np.asarray(stored[name], jnp.result_type(leaf)) for name, leaf in wanted.items()]
+    restored = jax.tree.unflatten(jax.tree.structure(like), leaves)
+    return restored._replace(step=int(restored.step), score=float(restored.score)) if isinstance(like, Snapshot) else restored
+
+
+def read_theta(folder: Path, like: Any) -> Any:
+    """The best theta of the newest checkpoint, or the last where nothing was validated, in the structure of `like`.
+
+    Raises:
+      FileNotFoundError, ValueError: as `read`.
+    """
+    stored = _stored(folder)
+    field = ".best" if any(name.startswith(".best") for name in stored) else ".theta"
+    own = {name.removeprefix(field): leaf for name, leaf in stored.items() if name.startswith(field)}
+    return _fit_into(like, own, folder)
+
+
+def write_theta(workdir: str | Path, theta: Any, config: Any, labels: tuple[str, ...]) -> Path:
+    """Makes a run of a theta alone, in a new folder."""
+    folder = open_run(workdir, False, config, labels)
+    write(folder, Snapshot(theta, (), 0, (), (), float("-inf")))
+    return folder

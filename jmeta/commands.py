@@ -1,0 +1,313 @@
+"""What the command line does: train, eval, adapt, presets, data, plot. Each is a function that a notebook can call too."""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+
+from jmeta import checkpoint, presets, runs
+from jmeta.core import Batch, MetaLearner, Theta
+from jmeta.evaluate.fewshot import Score, fewshot
+from jmeta.presets import Config, Problem
+from jmeta.tasks.images import Images, from_folder, invert, is_picture, read_picture
+from jmeta.train import Fit, Validation, fit
+
+PAPER = 127  # a border brighter than this is paper: the ink is dark
+TEST_KEY, EPISODE_KEY, ADAPT_KEY = 1, 2, 3  # folded into the seed's key, after the training's own
+
+
+def train(config: Config, workdir: str | Path | None = None, *, name: str = "run", resume: bool = False) -> Path:
+    """Trains, tests on unseen classes, and leaves checkpoints, metrics.jsonl, result.json and pictures in a folder.
+
+    Args:
+      config: what to train.
+      workdir: a new folder; `runs/NAME-DATE-TIME` if None.
+      name: of the preset, for that folder.
+      resume: go on with the run in workdir.
+
+    Returns:
+      The folder.
+
+    Raises:
+      ValueError, FileExistsError, FloatingPointError: as `jmeta.fit` and the data say, before any long work where possible.
+    """
+    problem = presets.make_problem(config)
+    folder = Path(workdir) if workdir else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    began = time.perf_counter()
+    done = _fit(config, problem, folder, resume)
+    seconds = time.perf_counter() - began
+    score = _test(config, problem, done.theta, problem.test, config.test_episodes, config.seed)
+    result = {**_described(config, problem, score), "seeds": [config.seed], "seconds_of_this_call": round(seconds, 1)}
+    checkpoint.write_json(folder / "result.json", result)
+    plot(str(folder))
+    print(f"{problem.metric_name} on unseen tasks: {score} [norm: {_norm(config)}]")
+    return folder
+
+
+def _fit(config: Config, problem: Problem, folder: Path, resume: bool) -> Fit:
+    validate = None
+    if problem.valid is not None:
+        tested = presets.make_learner(config, config.test_steps)
+        validate = Validation(tested, problem.valid, config.validate_episodes, config.validate_every)
+    return fit(
+        jax.random.key(config.seed),
+        presets.make_learner(config),
+        problem.train,
+        optax.adam(config.outer_rate),
+        config.steps,
+        config.batch,
+        validate=validate,
+        chunk=config.chunk,
+        workdir=folder,
+        resume=resume,
+        config=config,
+        labels=problem.labels,
+        save_every=config.save_every,
+    )
+
+
+def _test(config: Config, problem: Problem, theta: Theta, tasks: Any, episodes: int, seed: int) -> Score:
+    key = jax.random.fold_in(jax.random.key(seed), TEST_KEY)
+    learner = presets.make_learner(config, config.test_steps)
+    return fewshot(key, learner, theta, tasks, episodes, metric=problem.metric)
+
+
+def _norm(config: Config) -> str:
+    return "none" if config.dataset == "sinusoid" else config.norm
+
+
+def _described(config: Config, problem: Problem, score: Score) -> dict[str, Any]:
+    """A result that can stand alone: figure, interval, episodes, normalisation, device, versions, config."""
+    return {
+        "metric": problem.metric_name,
+        "mean": score.mean,
+        "interval95": score.interval,
+        "by_step": score.by_step.tolist(),
+        "episodes": score.episodes,
+        "transductive": score.transductive,
+        "norm": _norm(config),
+        "versions": checkpoint.versions(),
+        "config": dataclasses.asdict(config),
+    }
+
+
+def _read(run: str) -> tuple[Config, MetaLearner, Theta]:
+    learner, theta, _ = runs.load(run)
+    return presets.from_dict(checkpoint.read_run(run)["config"], run), learner, theta
+
+
+def evaluate(
+    run: Annotated[str, tyro.conf.Positional],
+    *,
+    episodes: int = 600,
+    split: Literal["test", "valid", "train"] = "test",
+    shots: int | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+) -> Path:
+    """Tests a run again: other episodes, shots or inner steps than at its end.
+
+    Args:
+      run: folder of a run.
+      episodes: how many.
+      split: of which classes.
+      shots: support images a class, as in training if not given.
+      steps: inner steps, as in the run's tests if not given.
+      seed: of the episodes.
+
+    Returns:
+      The JSON file written into the run's folder.
+    """
+    config, _, theta = _read(run)
+    changed = {"shots": shots or config.shots, "test_steps": config.test_steps if steps is None else steps}
+    config = dataclasses.replace(config, **changed)
+    problem = presets.make_problem(config)
+    tasks = getattr(problem, split)
+    if tasks is None:
+        raise ValueError(f"eval: the data of {run} has no validation classes (or the run used none).")
+    score = _test(config, problem, theta, tasks, episodes, seed)
+    path = _fresh(Path(run), "eval", "json")
+    checkpoint.write_json(path, {**_described(config, problem, score), "split": split, "seeds": [config.seed], "test_seed": seed})
+    print(f"{problem.metric_name} on {split} tasks: {score} [norm: {_norm(config)}]")
+    return path
+
+
+def _fresh(folder: Path, name: str, suffix: str) -> Path:
+    """A file name that is not taken."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    numbers = [""] + [f"-{number}" for number in range(2, 1000)]
+    return next(path for n in numbers if not (path := folder / f"{name}-{stamp}{n}.{suffix}").exists())
+
+
+def adapt(
+    run: Annotated[str, tyro.conf.Positional],
+    *,
+    support: str,
+    query: str,
+    out: str | None = None,
+    ink: Literal["auto", "dark", "light"] = "auto",
+) -> Path:
+    """Adapts a run to your own pictures: learns the classes of one folder, and says which of them other pictures show.
+
+    Args:
+      run: folder of a run.
+      support: a folder a class, with a few pictures each; at most as many classes as the run was trained for.
+      query: pictures to classify, in one folder or in a folder a class (the share of right ones is then printed).
+      out: JSON file to write; a new one in the run's folder if not given.
+      ink: whether drawings are dark on light paper, light on dark, or to be told by the brightness of the support's borders.
+
+    Returns:
+      The file, with a list of `{"picture", "predicted", "probabilities"}` (and `"truth"` where known).
+
+    Raises:
+      ValueError: pictures cannot be read, or there are more classes than ways.
+      FileExistsError: `out` exists.
+    """
+    config, learner, theta = _read(run)
+    if out is not None and Path(out).exists():
+        raise FileExistsError(f"adapt: out is {out}, which exists already; give another name.")
+    if config.dataset == "sinusoid":
+        raise ValueError(f"adapt: {run} learned sine waves, not pictures.")
+    shown = from_folder(support, size=presets.IMAGE_SIZE, channels=1)
+    if len(shown.names) > config.ways:
+        raise ValueError(f"adapt: support has {len(shown.names)} classes, but {run} was trained for {config.ways} ways; train with more.")
+    paths, truths = _queries(Path(query))
+    asked = np.stack([read_picture(path, presets.IMAGE_SIZE, 1) for path in paths])
+    if ink == "dark" or (ink == "auto" and _border(shown.pixels) > PAPER):
+        shown, asked = invert(shown), 255 - asked
+    probabilities = predict(learner, theta, shown, asked, jax.random.key(ADAPT_KEY))
+    rows = _rows(paths, truths, probabilities, shown.names)
+    path = Path(out) if out else _fresh(Path(run), "predictions", "json")
+    checkpoint.write_json(path, rows)
+    _print_rows(rows, config)
+    return path
+
+
+def predict(learner: MetaLearner, theta: Theta, support: Images, pictures: np.ndarray, key: jax.Array) -> np.ndarray:
+    """Adapts to a support set and classifies pictures all together.
+
+    Args:
+      learner: a few-shot learner.
+      theta: what it has meta-learned.
+      support: the classes to learn.
+      pictures: uint8 `[N, height, width, channels]`.
+      key: for the learner's own randomness.
+
+    Returns:
+      Probabilities `[N, classes]` over the support's classes.
+    """
+    y = np.repeat(np.arange(len(support.names), dtype=np.int32), support.count)
+    phi = jax.jit(learner.adapt)(key, theta, Batch(jnp.asarray(support.pixels / 255.0, jnp.float32), jnp.asarray(y)))
+    outputs = jax.jit(learner.predict)(phi, jnp.asarray(pictures / 255.0, jnp.float32))
+    return np.asarray(jax.nn.softmax(outputs[:, : len(support.names)]))
+
+
+def _border(pixels: np.ndarray) -> float:
+    """Median brightness of the pictures' outermost pixels, 0 to 255."""
+    edges = [pixels[:, 0], pixels[:, -1], pixels[:, :, 0], pixels[:, :, -1]]
+    return float(np.median(np.concatenate([edge.reshape(-1) for edge in edges])))
+
+
+def _queries(folder: Path) -> tuple[list[Path], list[str | None]]:
+    """Pictures in a folder, or in its folders, which then name the classes."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"adapt: query is {folder}, which is no folder.")
+    paths = sorted(path for path in (*folder.glob("*"), *folder.glob("*/*")) if is_picture(path))
+    if not paths:
+        raise ValueError(f"adapt: query is {folder}, which holds no pictures (png, jpg, bmp, gif, webp).")
+    return paths, [None if path.parent == folder else path.parent.name for path in paths]
+
+
+def _rows(paths: list[Path], truths: list[str | None], probabilities: np.ndarray, names: tuple[str, ...]) -> list[dict[str, Any]]:
+    rows = []
+    for path, truth, own in zip(paths, truths, probabilities, strict=True):
+        row = {"picture": str(path), "predicted": names[int(own.argmax())]}
+        row |= {"truth": truth} if truth is not None else {}
+        rows.append({**row, "probabilities": dict(zip(names, own.round(4).tolist(), strict=True))})
+    return rows
+
+
+def _print_rows(rows: list[dict[str, Any]], config: Config) -> None:
+    for row in rows:
+        print(f"{row['picture']}: {row['predicted']} ({max(row['probabilities'].values()):.0%})")
+    judged = [row for row in rows if "truth" in row]
+    if judged:
+        right = sum(row["truth"] == row["predicted"] for row in judged)
+        print(f"{right} of {len(judged)} right [norm: {config.norm}]")
+
+
+def show_presets() -> None:
+    """Lists the presets and what each sets."""
+    default = dataclasses.asdict(Config())
+    for name, config in presets.PRESETS.items():
+        changed = {key: value for key, value in dataclasses.asdict(config).items() if value != default[key]}
+        print(f"{name:26s}" + " ".join(f"{key}={value}" for key, value in changed.items()))
+
+
+def data(
+    name: Annotated[Literal["glyphs", "omniglot"], tyro.conf.Positional],
+    *,
+    source: str | None = None,
+    split: Literal["customary", "background"] = "customary",
+    seed: int = 0,
+) -> None:
+    """Renders glyphs or fetches Omniglot, and shows what is there.
+
+    Args:
+      name: of the data set.
+      source: where Omniglot lies; looked up or downloaded if not given.
+      split: of Omniglot's classes.
+      seed: of the split.
+    """
+    splits = presets.make_splits(Config(dataset=name, source=source, split=split, seed=seed))
+    assert splits is not None
+    for part, images in zip(splits._fields, splits, strict=True):
+        if images is not None:
+            sizes = f"{images.pixels.shape[1]}x{images.pixels.shape[2]}, {images.pixels.nbytes / 2**20:.0f} MiB"
+            print(f"{part:6s}{len(images.names):6d} classes {len(images.pixels):7d} images {sizes}; {', '.join(images.names[:3])}, ...")
+
+
+def plot(run: Annotated[str, tyro.conf.Positional]) -> list[Path]:
+    """Draws the learning curve, the score against inner steps, and one test episode with its predictions.
+
+    Args:
+      run: folder of a run.
+
+    Returns:
+      The PNG files in the run's folder; they are drawn anew.
+    """
+    from jmeta import plot as draw
+
+    folder = Path(run)
+    config, learner, theta = _read(run)
+    paths = [folder / "learning_curve.png"]
+    draw.learning_curve(folder / "metrics.jsonl", paths[0])
+    if (folder / "result.json").is_file():
+        paths.append(folder / "inner_steps.png")
+        draw.by_inner_step(json.loads((folder / "result.json").read_text()), paths[-1])
+    if config.dataset != "sinusoid":
+        paths.append(folder / "episode.png")
+        _draw_episode(config, learner, theta, paths[-1])
+    return paths
+
+
+def _draw_episode(config: Config, learner: MetaLearner, theta: Theta, path: Path) -> None:
+    from jmeta import plot as draw
+
+    key_task, key_learn = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), EPISODE_KEY))
+    tasks = presets.make_problem(config).test
+    task = tasks.sample(key_task, tasks.data)
+    phi = jax.jit(learner.adapt)(key_learn, theta, task.support)
+    guesses = np.asarray(jax.jit(learner.predict)(phi, task.query.x)).argmax(-1)
+
+    def grid(leaf):
+        return np.asarray(leaf).reshape(config.ways, -1, *leaf.shape[1:])
+
+    draw.episode(grid(task.support.x), grid(task.query.x), grid(task.query.y), grid(guesses), path)

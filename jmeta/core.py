@@ -1,0 +1,477 @@
+"""The abstraction: a rule says how one task is learned, a meta-learner what is carried between tasks.
+
+Both are NamedTuples of pure functions for ONE task; batching, scanning and averaging are the business of
+`fit` and `fewshot`. Rules `chain` with each other and with any optax transformation.
+
+References:
+  Finn, Abbeel, Levine, Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks, ICML 2017
+  (https://arxiv.org/abs/1703.03400): the inner and the outer loop.
+  Hessel et al., Optax, 2020 (https://github.com/google-deepmind/optax): the algebra that `chain` follows.
+"""
+
+import functools
+import itertools
+import zlib
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jmeta.losses import measure
+
+Array = jax.Array
+Params = Any  # a tree of arrays, {"block1": {"conv": {"kernel", "bias"}, ...}, "head": {...}}
+LONGEST_UNROLL = 10
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def memoise(function: Callable[P, R]) -> Callable[P, R]:
+    """Returns the same object for the same hashable arguments, so that compiled programs are found again.
+
+    Args:
+      function: a pure function of its arguments that returns a model, a rule or a learner.
+
+    Returns:
+      The function with a memory of 128 results; unhashable arguments pass through unremembered.
+    """
+    remembered = functools.lru_cache(maxsize=128)(function)
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            hash((args, tuple(kwargs.values())))
+        except TypeError:
+            return function(*args, **kwargs)
+        return remembered(*args, **kwargs)
+
+    return call
+
+
+class Model(NamedTuple):
+    """A network, as pure functions on one task's batch.
+
+    Attributes:
+      init: `(key) -> params`, a dict whose top level holds one entry a layer.
+      apply: `(params, x[N, ...], stats=None) -> y[N, ...]`.
+      layers: names of the top-level entries of `params` in forward order; empty if unknown.
+      stats: `(params, x) -> stats`, the normalisation statistics of a batch, which `apply` then uses in place of
+        those of its own batch; None unless the network is normalised by the support set.
+    """
+
+    init: Callable[[Array], Params]
+    apply: Callable[..., Array]
+    layers: tuple[str, ...] = ()
+    stats: Callable[[Params, Array], Any] | None = None
+
+
+class Batch(NamedTuple):
+    """Examples `x[N, ...]` with targets `y[N, ...]`; `mask[N]` is 0 where an example is padding."""
+
+    x: Any
+    y: Any
+    mask: Any = None
+
+
+class Task(NamedTuple):
+    """A support set to learn from and a query set to be judged on. In reinforcement learning, both are the environment."""
+
+    support: Any
+    query: Any
+
+
+class Tasks(NamedTuple):
+    """A distribution of tasks.
+
+    Attributes:
+      sample: `(key, data) -> Task`, pure.
+      data: arrays that `sample` reads, an argument of the compiled step and never a constant in it.
+      stage: None where `data` lives on the device. Otherwise `(keys[n]) -> data[n, ...]` on the host, which gathers
+        for each key the part of the data that `sample` needs for it.
+    """
+
+    sample: Callable[[Array, Any], Task]
+    data: Any = ()
+    stage: Callable[[Array], Any] | None = None
+
+
+class Data(NamedTuple):
+    """What the inner loop sees at each of `steps` steps.
+
+    Attributes:
+      steps: number of inner steps.
+      at: `(key, source, step, act) -> Batch`; `source` is the task's support set, `act(x)` the current network, which
+        only rollouts use. `step` is an int in unrolled steps and a traced int32 in scanned ones.
+    """
+
+    steps: int
+    at: Callable[[Array, Any, Any, Callable[[Array], Array]], Batch]
+
+
+def _no_hyper(params):
+    return ()
+
+
+def _no_reset(key, params, support, *, hyper):
+    return params
+
+
+def _no_gate(params, *, step, hyper, key):
+    return params
+
+
+def _no_phase(step):
+    return None
+
+
+def _no_meta(gradient, theta, phi):
+    return gradient
+
+
+_NO_UPDATE = optax.with_extra_args_support(optax.identity())
+
+
+class Rule(NamedTuple):
+    """How one task is learned. Every field but the name has a neutral default.
+
+    Attributes:
+      name: keys the rule's randomness and its entry in `Theta.hyper`.
+      init: `(params) -> hyper`, the rule's own meta-parameters; usually `()`.
+      reset: `(key, params, support, *, hyper) -> params`, once, as the task begins.
+      gate: `(params, *, step, hyper, key) -> params`, before every forward pass, differentiable. `key` is None where the
+        network predicts: random gates then act deterministically, as dropout does.
+      update: an optax transformation for every backward pass; it may take `step`, `phase`, `hyper` and `key` by keyword.
+      phase: `(step: int) -> Hashable`, what is static about a step: steps of equal phase can share one scanned program.
+      meta: `(gradient, theta, phi) -> gradient`, on a task's meta-gradient before it is averaged over tasks.
+      parts: the rules that a chain was made of; empty otherwise.
+    """
+
+    name: str
+    init: Callable[[Params], Any] = _no_hyper
+    reset: Callable[..., Params] = _no_reset
+    gate: Callable[..., Params] = _no_gate
+    update: optax.GradientTransformationExtraArgs = _NO_UPDATE
+    phase: Callable[[int], Hashable] = _no_phase
+    meta: Callable[[Any, Any, Any], Any] = _no_meta
+    parts: tuple["Rule", ...] = ()
+
+
+def _lift(part: Any) -> tuple[Rule, ...]:
+    """The rules in one argument of `chain`: none for an identity, several for a chain."""
+    if isinstance(part, optax.GradientTransformation):
+        is_identity = getattr(part.update, "__qualname__", "") == optax.identity().update.__qualname__
+        return () if is_identity else (Rule("optax", update=optax.with_extra_args_support(part)),)
+    if not isinstance(part, Rule):
+        raise TypeError(
+            f"chain: each part must be a jmeta Rule or an optax transformation, got {part!r} of type "
+            f"{type(part).__name__}. Usual cause: a constructor that was not called, as in optax.sgd instead of optax.sgd(0.1)."
+        )
+    if part.parts:
+        return part.parts
+    return () if part == Rule(part.name) else (part,)
+
+
+def _names(rules: list[Rule]) -> list[str]:
+    """Unique names, repeats suffixed: zap, sgd, zap_2."""
+    seen: dict[str, int] = {}
+    names = []
+    for rule in rules:
+        seen[rule.name] = seen.get(rule.name, 0) + 1
+        names.append(rule.name if seen[rule.name] == 1 else f"{rule.name}_{seen[rule.name]}")
+    return names
+
+
+def _key_for(key: Array | None, name: str) -> Array | None:
+    return None if key is None else jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+def chain(*parts: Rule | optax.GradientTransformation) -> Rule:
+    """Composes rules and optax transformations, applied left to right.
+
+    `chain` is associative and `chain()` is its neutral element: nested chains are flattened, identities dropped, and each
+    part's randomness and meta-parameters are found by its name (repeats are suffixed), not by its place.
+
+    Args:
+      *parts: rules, or optax transformations, which become rules that only update.
+
+    Returns:
+      A rule. Its `init` returns `{name: hyper}` for the parts that have meta-parameters; its other functions expect that dict.
+
+    Raises:
+      TypeError: a part is neither.
+
+    >>> import optax
+    >>> [part.name for part in chain(chain(optax.clip(1.0), optax.identity()), optax.sgd(0.1)).parts]
+    ['optax', 'optax']
+    """
+    rules = [rule for part in parts for rule in _lift(part)]
+    named = list(zip(_names(rules), rules, strict=True))
+
+    def init(params):
+        hyper = {name: rule.init(params) for name, rule in named}
+        return {name: own for name, own in hyper.items() if jax.tree.leaves(own)}
+
+    def reset(key, params, support, *, hyper):
+        for name, rule in named:
+            params = rule.reset(_key_for(key, name), params, support, hyper=hyper.get(name, ()))
+        return params
+
+    def gate(params, *, step, hyper, key):
+        for name, rule in named:
+            params = rule.gate(params, step=step, hyper=hyper.get(name, ()), key=_key_for(key, name))
+        return params
+
+    def start(params):
+        return tuple(rule.update.init(params) for rule in rules)
+
+    def update(updates, state, params=None, *, step=0, phase=None, hyper=None, key=None, **context):
+        phases = phase if phase is not None else (None,) * len(rules)
+        new_state = []
+        for (name, rule), own_state, own_phase in zip(named, state, phases, strict=True):
+            own = {"step": step, "phase": own_phase, "hyper": (hyper or {}).get(name, ()), "key": _key_for(key, name)}
+            updates, own_state = rule.update.update(updates, own_state, params, **own, **context)
+            new_state.append(own_state)
+        return updates, tuple(new_state)
+
+    def phase(step):
+        phases = tuple(rule.phase(step) for rule in rules)
+        return None if all(each is None for each in phases) else phases
+
+    def meta(gradient, theta, phi):
+        for rule in rules:
+            gradient = rule.meta(gradient, theta, phi)
+        return gradient
+
+    both = optax.GradientTransformationExtraArgs(start, update)
+    return Rule("chain", init, reset, gate, both, phase, meta, tuple(rules))
+
+
+class Theta(NamedTuple):
+    """What is carried between tasks. A gradient learner adapted to a task (`phi`) is again a `Theta`.
+
+    Attributes:
+      params: the network's parameters.
+      hyper: meta-parameters of the rules, `{rule name: ...}`.
+      memory: carried but neither differentiated nor given to the outer optimiser: `{"state": inner optimiser's state}`
+        where that persists, and in `phi` `{"stats": normalisation statistics of the support set}`.
+    """
+
+    params: Params
+    hyper: Any = ()
+    memory: Any = ()
+
+
+class MetaLearner(NamedTuple):
+    """What is carried between tasks and how it is learned, for ONE task.
+
+    Attributes:
+      init: `(key) -> theta`.
+      adapt: `(key, theta, support) -> phi`.
+      predict: `(phi, x[N, ...]) -> y[N, ...]`.
+      curve: `(key, theta, task) -> y[steps + 1, N, ...]`, query outputs after 0..steps inner steps.
+      grad: `(key, theta, task, *, meta_step) -> (base, gradient, info)`: the trainer steps from `base` along the mean
+        `gradient` (a `Theta` without memory). `base` is `theta` itself where it does not depend on the task; where it does,
+        only a meta-batch of 1 makes sense and `fit` refuses more. `info` holds scalars to log, at least `loss`.
+    """
+
+    init: Callable[[Array], Any]
+    adapt: Callable[[Array, Any, Any], Any]
+    predict: Callable[[Any, Array], Array]
+    curve: Callable[[Array, Any, Task], Array]
+    grad: Callable[..., tuple[Any, Any, dict[str, Array]]]
+
+
+class InnerLoop(NamedTuple):
+    """The three moves of a gradient learner on one task.
+
+    Attributes:
+      begin: `(key, theta, support) -> theta`, the rule's resets.
+      follow: `(key, theta, support, watch=None) -> (phi, seen)`, the steps. `watch(phi_k, k)` is called before the first
+        step and after each; `seen` stacks what it returns, `[steps + 1, ...]`.
+      output: `(phi, x, step) -> y`, the network as it stands after `step` steps.
+    """
+
+    begin: Callable[[Array, Theta, Any], Theta]
+    follow: Callable[..., tuple[Theta, Any]]
+    output: Callable[[Theta, Array, Any], Array]
+
+
+def evaluate_loss(loss: Callable[..., Array], outputs: Array, batch: Batch) -> Array:
+    """Calls `loss(outputs, y)`, or `loss(outputs, y, mask)` where the batch has a mask."""
+    return loss(outputs, batch.y) if batch.mask is None else loss(outputs, batch.y, batch.mask)
+
+
+def _runs(phase: Callable[[int], Hashable], steps: int) -> Iterator[tuple[Hashable, list[int]]]:
+    """Runs of consecutive steps that have the same phase."""
+    for value, group in itertools.groupby(range(steps), key=phase):
+        yield value, list(group)
+
+
+def _stack(runs: list[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *runs)
+
+
+def inner_loop(
+    model: Model,
+    loss: Callable[..., Array],
+    rule: Rule | optax.GradientTransformation,
+    data: Data,
+    *,
+    order: int = 2,
+    unroll: bool | None = None,
+    carry_state: bool = False,
+) -> InnerLoop:
+    """Builds the inner loop: `data.steps` steps of `rule` on the loss of the batches that `data` gives.
+
+    Args:
+      model: the network.
+      loss: `(outputs, y) -> scalar`, or `(outputs, y, mask)` for batches with a mask.
+      rule: how the task is learned.
+      data: what is seen at each step.
+      order: 2 differentiates through the inner gradients, 1 takes them as constants.
+      unroll: True writes every step into the program, False scans each run of steps of equal phase, None scans runs of more
+        than 10 steps. The numbers are the same.
+      carry_state: the inner optimiser's state goes on from task to task, in `Theta.memory`.
+
+    Returns:
+      An `InnerLoop`.
+    """
+    rule = chain(rule)
+
+    def begin(key, theta, support):
+        return theta._replace(params=rule.reset(key, theta.params, support, hyper=theta.hyper))
+
+    def forward(params, hyper, x, step, key, stats=None):
+        params = rule.gate(params, step=step, hyper=hyper, key=key)
+        return model.apply(params, x) if stats is None else model.apply(params, x, stats)
+
+    def output(phi, x, step):
+        return forward(phi.params, phi.hyper, x, step, None, dict(phi.memory).get("stats"))
+
+    def close(theta, params, state, support, step):
+        memory = dict(theta.memory)
+        if carry_state:
+            memory["state"] = state
+        if model.stats is not None:
+            gated = rule.gate(params, step=step, hyper=theta.hyper, key=None)
+            memory["stats"] = model.stats(gated, support.x)
+        return theta._replace(params=params, memory=memory or ())
+
+    def one_step(keys, theta, support, carry, step, phase):
+        params, state = carry
+        key_data, key_rule = (jax.random.fold_in(key, step) for key in keys)
+        key_gate, key_update = jax.random.split(key_rule)
+        batch = data.at(key_data, support, step, lambda x: forward(params, theta.hyper, x, step, key_gate))
+
+        def step_loss(params):
+            return evaluate_loss(loss, forward(params, theta.hyper, batch.x, step, key_gate), batch)
+
+        grads = jax.grad(step_loss)(params)
+        if order == 1:
+            grads = jax.lax.stop_gradient(grads)
+        updates, state = rule.update.update(
+            grads, state, params, step=step, phase=phase, hyper=theta.hyper, key=key_update
+        )
+        return optax.apply_updates(params, updates), state
+
+    def follow(key, theta, support, watch=None):
+        keys = jax.random.split(key)
+        state = jax.lax.stop_gradient(theta.memory["state"]) if carry_state else rule.update.init(theta.params)
+        carry = (theta.params, state)
+
+        def look(carry, step):
+            return None if watch is None else watch(close(theta, *carry, support, step), step)
+
+        seen = [jax.tree.map(lambda leaf: leaf[None], look(carry, 0))]
+        for phase, steps in _runs(rule.phase, data.steps):
+
+            def body(carry, step, phase=phase):
+                carry = one_step(keys, theta, support, carry, step, phase)
+                return carry, look(carry, step + 1)
+
+            if unroll or (unroll is None and len(steps) <= LONGEST_UNROLL):
+                for step in steps:
+                    carry, view = body(carry, step)
+                    seen.append(jax.tree.map(lambda leaf: leaf[None], view))
+            else:
+                carry, views = jax.lax.scan(body, carry, jnp.array(steps))
+                seen.append(views)
+        return close(theta, *carry, support, data.steps), _stack(seen)
+
+    return InnerLoop(begin, follow, output)
+
+
+def default_chunk(params: Params, batch: int) -> int:
+    """How many tasks are best vmapped together: all of them, but one on a CPU where there are convolutions.
+
+    Convolutions of one task fill a CPU's cores, and a scan over tasks keeps them in its caches.
+    """
+    convolves = any(jnp.ndim(leaf) >= 4 for leaf in jax.tree.leaves(params))
+    return 1 if convolves and jax.default_backend() == "cpu" else batch
+
+
+def given(key: Array, query: Any, step: int, act: Callable[[Array], Array]) -> Any:
+    """The default probe: the task's query set as it is. Reinforcement learning rolls the adapted policy out instead."""
+    return query
+
+
+def meta_gradient(objective: Callable[..., tuple[Array, tuple[Any, dict]]], meta: Callable = _no_meta) -> Callable:
+    """Makes `MetaLearner.grad` of an objective that is differentiated with respect to theta.
+
+    Args:
+      objective: `(key, theta, task, meta_step) -> (value, (phi, info))`.
+      meta: the rule's last word on the gradient of a task, `(gradient, theta, phi) -> gradient`.
+
+    Returns:
+      `grad(key, theta, task, *, meta_step) -> (theta, gradient, info)`. Inner optimiser state that `phi` carries goes into the
+      memory of the base.
+    """
+
+    def grad(key, theta, task, *, meta_step):
+        def value(learned):
+            return objective(key, learned._replace(memory=theta.memory), task, meta_step)
+
+        learned = theta._replace(memory=())
+        (_, (phi, info)), gradient = jax.value_and_grad(value, has_aux=True)(learned)
+        gradient = meta(gradient, theta, phi)
+        if "state" not in dict(theta.memory):
+            return theta, gradient, info
+        return theta._replace(memory={**theta.memory, "state": phi.memory["state"]}), gradient, info
+
+    return grad
+
+
+def query_grad(
+    adapt: Callable[[Array, Theta, Any], Any],
+    predict: Callable[[Any, Array], Array],
+    loss: Callable[..., Array],
+    *,
+    probe: Callable[..., Any] = given,
+    meta: Callable = _no_meta,
+) -> Callable:
+    """`MetaLearner.grad` of the query loss after adaptation: MAML, Meta-SGD, ProtoNet, SNAIL.
+
+    Args:
+      adapt: `(key, theta, support) -> phi`.
+      predict: `(phi, x) -> y`.
+      loss: `(outputs, y) -> scalar`.
+      probe: `(key, query, step, act) -> Batch`, how queries are obtained.
+      meta: see `Rule.meta`.
+
+    Returns:
+      `grad(key, theta, task, *, meta_step) -> (theta, gradient, info)`; `info` holds the query loss and, for class labels, the
+      query accuracy.
+    """
+
+    def objective(key, theta, task, meta_step):
+        key_adapt, key_query = jax.random.split(key)
+        phi = adapt(key_adapt, theta, task.support)
+        query = probe(key_query, task.query, 0, lambda x: predict(phi, x))
+        outputs = predict(phi, query.x)
+        value = evaluate_loss(loss, outputs, query)
+        return value, (phi, {"loss": value, **measure(outputs, query.y, query.mask)})
+
+    return meta_gradient(objective, meta)

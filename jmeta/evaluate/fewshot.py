@@ -1,0 +1,116 @@
+"""Few-shot accuracy: the mean over episodes of unseen classes, with its 95 % interval.
+
+References:
+  Finn, Abbeel, Levine, Model-Agnostic Meta-Learning, ICML 2017 (https://arxiv.org/abs/1703.03400): mean over 600 test episodes,
+  interval 1.96 standard errors.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jmeta.core import MetaLearner, Tasks, Theta, default_chunk
+from jmeta.losses import accuracy
+
+EPISODES_TOGETHER = 100
+
+
+class Score(NamedTuple):
+    """A metric over episodes.
+
+    Attributes:
+      mean: after the last inner step.
+      interval: half width of the 95 % interval of the mean, 1.96 standard errors over episodes.
+      by_step: `[steps + 1, 2]`, mean and interval after 0..steps inner steps.
+      episodes: how many episodes.
+      transductive: whether predictions of the queries depend on each other, found by predicting one alone.
+    """
+
+    mean: float
+    interval: float
+    by_step: np.ndarray
+    episodes: int
+    transductive: bool
+
+    def __str__(self) -> str:
+        """`0.987 ± 0.004 (95 % interval, 600 episodes, transductive); by inner step: 0.251 0.987`."""
+        kind = "transductive" if self.transductive else "not transductive"
+        steps = " ".join(f"{mean:.3f}" for mean in self.by_step[:, 0])
+        return f"{self.mean:.3f} ± {self.interval:.3f} (95 % interval, {self.episodes} episodes, {kind}); by inner step: {steps}"
+
+
+@functools.partial(jax.jit, static_argnums=range(4))
+def _curves(learner, sample, metric, together, theta, keys, data, staged):
+    """The metric after each step for each key, `[len(keys), steps + 1]`."""
+
+    def one(key_and_data):
+        key, own = key_and_data
+        key_task, key_learn = jax.random.split(key)
+        task = sample(key_task, data if staged is None else own)
+        outputs = learner.curve(key_learn, theta, task)
+        extra = () if task.query.mask is None else (task.query.mask,)
+        return jax.vmap(lambda y: metric(y, task.query.y, *extra))(outputs)
+
+    return jax.lax.map(one, (keys, staged), batch_size=together if together > 1 else None)
+
+
+@functools.partial(jax.jit, static_argnums=range(2))
+def _gap(learner, sample, theta, key, data):
+    """Largest change of a prediction when a query is predicted alone, relative to the largest output."""
+    key_task, key_learn = jax.random.split(key)
+    task = sample(key_task, data)
+    phi = learner.adapt(key_learn, theta, task.support)
+    together = learner.predict(phi, task.query.x)
+    alone = learner.predict(phi, jax.tree.map(lambda x: x[:1], task.query.x))
+    return jnp.abs(together[:1] - alone).max() / jnp.maximum(jnp.abs(together).max(), 1e-30)
+
+
+def fewshot(
+    key: jax.Array,
+    learner: MetaLearner,
+    theta: Theta,
+    tasks: Tasks,
+    episodes: int = 600,
+    *,
+    metric: Callable[..., jax.Array] | None = None,
+    chunk: int | None = None,
+) -> Score:
+    """Adapts to fresh episodes and measures the queries after every inner step.
+
+    Args:
+      key: the same key gives the same episodes.
+      learner: may differ from the one that trained theta, in steps for instance.
+      theta: what was meta-learned.
+      tasks: episodes of classes that training did not see.
+      episodes: how many; 600 is customary.
+      metric: `(outputs, y) -> scalar`, or `(outputs, y, mask)`; accuracy if None.
+      chunk: episodes evaluated together; chosen by device and network if None.
+
+    Returns:
+      A `Score`; print it.
+
+    Raises:
+      ValueError: fewer than 2 episodes, which have no interval.
+    """
+    if episodes < 2:
+        raise ValueError(f"fewshot: episodes must be at least 2 for an interval, got {episodes}.")
+    together = chunk or default_chunk(theta.params, EPISODES_TOGETHER)
+    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(episodes))
+    curves = [
+        _curves(learner, tasks.sample, metric or accuracy, together, theta, part, tasks.data, _stage(tasks, part))
+        for part in (jnp.split(keys, range(EPISODES_TOGETHER, episodes, EPISODES_TOGETHER)) if tasks.stage else [keys])
+    ]
+    values = np.concatenate([np.asarray(part) for part in curves]).astype(np.float64)
+    by_step = np.stack([values.mean(0), 1.96 * values.std(0, ddof=1) / np.sqrt(episodes)], -1)
+    first = jax.tree.map(lambda leaf: leaf[0], _stage(tasks, keys[:1])) if tasks.stage else tasks.data
+    gap = float(_gap(learner, tasks.sample, theta, keys[0], first))
+    return Score(float(by_step[-1, 0]), float(by_step[-1, 1]), by_step, episodes, gap > 1e-3)
+
+
+def _stage(tasks: Tasks, keys: jax.Array) -> Any:
+    """The host-resident images of each episode, `[len(keys), ...]`, or None where the data is on the device."""
+    return None if tasks.stage is None else tasks.stage(jax.vmap(lambda key: jax.random.split(key)[0])(keys))

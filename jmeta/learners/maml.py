@@ -1,0 +1,184 @@
+"""MAML: learn parameters from which a few gradient steps solve a task; ANIL, BOIL and Meta-SGD by their rules.
+
+    phi = theta - alpha * grad L_support(theta)  (steps times),    theta <- theta - beta * mean over tasks of grad_theta L_query(phi)
+
+References:
+  Finn, Abbeel, Levine, Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks, ICML 2017
+  (https://arxiv.org/abs/1703.03400), algorithm 1; first order: section 5.2.
+  Raghu, Raghu, Bengio, Vinyals, Rapid Learning or Feature Reuse?, ICLR 2020 (https://arxiv.org/abs/1909.09157): ANIL.
+  Oh, Yoo, Kim, Yun, BOIL: Towards Representation Change for Few-shot Learning, ICLR 2021 (https://arxiv.org/abs/2008.08882).
+  Li, Zhou, Chen, Li, Meta-SGD, 2017 (https://arxiv.org/abs/1707.09835).
+  Antoniou, Edwards, Storkey, How to train your MAML, ICLR 2019 (https://arxiv.org/abs/1810.09502): `step_weights`.
+
+Differs from the papers in: the loss is what the caller gives (the MAML code's is a sum, see `jmeta.xent`); normalisation affine
+parameters are adapted with the rest unless the rule leaves them out; Meta-SGD's rates start equal, not random.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jmeta.core import (
+    Data,
+    MetaLearner,
+    Model,
+    Rule,
+    Theta,
+    chain,
+    evaluate_loss,
+    given,
+    inner_loop,
+    memoise,
+    meta_gradient,
+    query_grad,
+)
+from jmeta.losses import measure
+from jmeta.rules.scale import learned_rates, only
+
+
+@memoise
+def maml(
+    model: Model,
+    loss: Callable[..., jax.Array],
+    rule: Rule | optax.GradientTransformation,
+    data: Data,
+    *,
+    order: int = 2,
+    unroll: bool | None = None,
+    probe: Callable = given,
+    step_weights: Callable[[jax.Array], jax.Array] | tuple[float, ...] | None = None,
+    carry_state: bool = False,
+) -> MetaLearner:
+    """MAML with any rule as its inner optimiser.
+
+    Args:
+      model: the network.
+      loss: `(outputs, y) -> scalar` of the inner steps and of the queries.
+      rule: how a task is learned, for instance `optax.sgd(0.4)`.
+      data: what the inner loop sees, for instance `jm.repeat(1)`.
+      order: 2, or 1 for first-order MAML (FOMAML).
+      unroll: see `jmeta.core.inner_loop`.
+      probe: how queries are obtained; reinforcement learning rolls out the adapted policy.
+      step_weights: MAML++'s multi-step loss: the weights of the query loss after each step, `[steps]`, or a function of the meta
+        step that returns them. None weighs the last step alone.
+      carry_state: the inner optimiser's state goes on from task to task.
+
+    Returns:
+      A meta-learner whose `phi` is a `Theta`.
+
+    Raises:
+      ValueError: `order` is neither 1 nor 2; or it is 2 and the inner optimiser has no derivative at a zero gradient.
+
+    >>> from jmeta.models.backbones import mlp
+    >>> from jmeta.losses import mse
+    >>> from jmeta.tasks.feeds import repeat
+    >>> learner = maml(mlp(1), mse, optax.sgd(0.01), repeat(1))
+    """
+    if order not in (1, 2):
+        raise ValueError(f"maml: order must be 1 (first-order MAML) or 2, got {order!r}.")
+    rule = chain(rule)
+    if order == 2:
+        _check_differentiable(rule, model)
+    if step_weights is not None and not callable(step_weights) and len(step_weights) != data.steps:
+        raise ValueError(f"maml: step_weights has {len(step_weights)} weights for {data.steps} inner steps; give one a step.")
+    begin, follow, output = inner_loop(model, loss, rule, data, order=order, unroll=unroll, carry_state=carry_state)
+
+    def init(key):
+        params = model.init(key)
+        memory = {"state": rule.update.init(params)} if carry_state else ()
+        return Theta(params, rule.init(params), memory)
+
+    def adapt(key, theta, support):
+        return _walk(key, theta, support)[0]
+
+    def _walk(key, theta, support, watch=None):
+        key_reset, key_follow = jax.random.split(key)
+        return follow(key_follow, begin(key_reset, theta, support), support, watch)
+
+    def predict(phi, x):
+        return output(phi, x, data.steps)
+
+    def curve(key, theta, task):
+        return _walk(key, theta, task.support, lambda phi, step: output(phi, task.query.x, step))[1]
+
+    def weighted(key, theta, task, meta_step):
+        key_adapt, key_query = jax.random.split(key)
+
+        def look(phi, step):
+            query = probe(key_query, task.query, step, lambda x: output(phi, x, step))
+            outputs = output(phi, query.x, step)
+            value = evaluate_loss(loss, outputs, query)
+            return value, {"loss": value, **measure(outputs, query.y, query.mask)}
+
+        phi, (losses, infos) = _walk(key_adapt, theta, task.support, look)
+        weights = step_weights(meta_step) if callable(step_weights) else jnp.asarray(step_weights)
+        return (weights * losses[1:]).sum(), (phi, jax.tree.map(lambda leaf: leaf[-1], infos))
+
+    if step_weights is None:
+        grad = query_grad(adapt, predict, loss, probe=probe, meta=rule.meta)
+    else:
+        grad = meta_gradient(weighted, rule.meta)
+    return MetaLearner(init, adapt, predict, curve, grad)
+
+
+def _check_differentiable(rule: Rule, model: Model) -> None:
+    """Refuses an inner optimiser whose update has no finite derivative at a zero gradient, as Adam's square root there."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    states = jax.eval_shape(rule.update.init, shapes)
+    if not any(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in jax.tree.leaves(states)):
+        return
+
+    def slope(zeros):
+        def update(grads):
+            return rule.update.update(grads, rule.update.init(zeros), zeros, hyper=rule.init(zeros))[0]
+
+        ones = jax.tree.map(jnp.ones_like, zeros)
+        _, tangents = jax.jvp(update, (zeros,), (ones,))
+        return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tangents)]).all()
+
+    with jax.ensure_compile_time_eval():
+        finite = jax.jit(slope)(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes))
+    if not isinstance(finite, jax.core.Tracer) and not finite:
+        raise ValueError(
+            "maml: order is 2 and the rule's update has no finite derivative at a zero gradient, so meta-gradients would be NaN. "
+            "Usual cause: an inner Adam or RMSProp without eps_root, as in optax.adam(1e-3); give it one, "
+            "optax.adam(1e-3, eps_root=1e-8), or use order=1."
+        )
+
+
+def _head(name: str, model: Model) -> str:
+    if not model.layers:
+        raise ValueError(
+            f"{name}: the model has no layer names, so its head is not known. Usual cause: a hand-made Model; give it "
+            "layers=('...', 'head') in forward order, as they stand at the top level of its parameters."
+        )
+    return model.layers[-1]
+
+
+@memoise
+def anil(model: Model, loss: Callable, rule: Rule | optax.GradientTransformation, data: Data, **options) -> MetaLearner:
+    """ANIL: MAML whose inner loop adapts the last layer alone. Arguments as for `maml`.
+
+    Raises:
+      ValueError: the model has no layer names.
+    """
+    return maml(model, loss, only(_head("anil", model), rule), data, **options)
+
+
+@memoise
+def boil(model: Model, loss: Callable, rule: Rule | optax.GradientTransformation, data: Data, **options) -> MetaLearner:
+    """BOIL: MAML whose inner loop adapts all but the last layer. Arguments as for `maml`.
+
+    Raises:
+      ValueError: the model has no layer names.
+    """
+    head = _head("boil", model)
+    return maml(model, loss, only(tuple(name for name in model.layers if name != head), rule), data, **options)
+
+
+@memoise
+def meta_sgd(model: Model, loss: Callable, data: Data, *, rate: float = 0.01, **options) -> MetaLearner:
+    """Meta-SGD: MAML with a learned inner rate for each parameter, all starting at `rate`. Other arguments as for `maml`."""
+    return maml(model, loss, learned_rates(rate), data, **options)

@@ -1,0 +1,106 @@
+"""A user's own Flax network as a `Model`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from jmeta.core import Model, memoise
+
+_ADVICE = (
+    "The inner loop differentiates a pure function of parameters alone: use normalisation without running averages (GroupNorm, "
+    "LayerNorm, or jmeta's BatchNorm, which uses the batch at hand) and leave dropout out or make it deterministic."
+)
+
+
+def linen_model(module: nn.Module, example: jax.Array, layers: tuple[str, ...], *, support_stats: bool = False) -> Model:
+    """A Linen module without state as a `Model` whose layers are named.
+
+    Args:
+      module: called as `module.apply(variables, x)`.
+      example: an input `[N, ...]` to initialise from.
+      layers: names of the parameters' top level in forward order.
+      support_stats: whether `Model.stats` is offered.
+    """
+
+    def init(key):
+        return module.init(key, example)["params"]
+
+    def apply(params, x, stats=None):
+        return module.apply({"params": params} if stats is None else {"params": params, "stats": stats}, x)
+
+    def stats(params, x):
+        return module.apply({"params": params}, x, mutable=["stats"])[1]["stats"]
+
+    return Model(init, apply, layers, stats if support_stats else None)
+
+
+@memoise
+def from_linen(module: nn.Module, example: jax.ShapeDtypeStruct | Any) -> Model:
+    """A user's Flax Linen module as a `Model`.
+
+    Args:
+      module: a module called with one argument x.
+      example: an input `[N, ...]`, or its `jax.ShapeDtypeStruct`, to initialise from.
+
+    Returns:
+      A model whose layers are the parameters' top-level names in the order in which the module makes them.
+
+    Raises:
+      ValueError: the module has mutable collections (batch statistics), or draws random numbers when applied (dropout).
+
+    >>> model = from_linen(nn.Dense(3), jax.ShapeDtypeStruct((1, 2), "float32"))
+    >>> model.layers
+    ('kernel', 'bias')
+    """
+    example = jax.numpy.zeros(example.shape, example.dtype)
+    name = type(module).__name__
+    try:
+        shapes = jax.eval_shape(module.init, jax.random.key(0), example)
+    except nn.errors.FlaxError as error:
+        raise ValueError(f"from_linen: {name} cannot be initialised with parameters alone ({error}). {_ADVICE}") from error
+    extra = sorted(set(shapes) - {"params"})
+    if extra:
+        raise ValueError(f"from_linen: {name} has mutable collections {extra} besides its parameters. {_ADVICE}")
+    try:
+        jax.eval_shape(module.apply, shapes, example)
+    except nn.errors.InvalidRngError as error:
+        raise ValueError(f"from_linen: {name} draws random numbers when it is applied. {_ADVICE}") from error
+    return linen_model(module, example, tuple(shapes["params"]))
+
+
+def from_nnx(make: Callable[[Any], Any], example: jax.ShapeDtypeStruct | Any) -> Model:
+    """A user's Flax NNX module as a `Model`.
+
+    Args:
+      make: `(rngs: nnx.Rngs) -> module`, a function and not a module, since every `Model.init(key)` makes one.
+      example: an input `[N, ...]`, or its `jax.ShapeDtypeStruct`, on which the module is tried.
+
+    Returns:
+      A model whose parameters are a plain dict of arrays and whose layers are its top-level names in attribute order.
+
+    Raises:
+      ValueError: the module has variables besides `nnx.Param` (batch statistics, dropout's random stream), or changes when called.
+    """
+    from flax import nnx
+
+    def split(key):
+        graph, state = nnx.split(make(nnx.Rngs(params=key)))
+        return graph, state
+
+    graph, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(params=0))))
+    extra = sorted({v.type.__name__ for _, v in nnx.to_flat_state(state) if not issubclass(v.type, nnx.Param)})
+    if extra:
+        raise ValueError(f"from_nnx: the module has variables {extra} besides its parameters. {_ADVICE}")
+
+    def init(key):
+        return nnx.to_pure_dict(split(key)[1])
+
+    def apply(params, x, stats=None):
+        new = jax.tree.map(lambda leaf: leaf, state)
+        nnx.replace_by_pure_dict(new, params)
+        return nnx.merge(graph, new)(x)
+
+    jax.eval_shape(apply, nnx.to_pure_dict(state), jax.ShapeDtypeStruct(example.shape, example.dtype))
+    return Model(init, apply, tuple(nnx.to_pure_dict(state)))

@@ -1,0 +1,85 @@
+"""Pictures of a run: its learning curve, its score against inner steps, and one episode with its predictions."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    """A figure on a canvas of its own, which needs neither a display nor pyplot's state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure((width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots()
+
+
+def learning_curve(metrics: Path, path: Path) -> None:
+    """Draws the training measure and the validation score against meta-steps.
+
+    Args:
+      metrics: a run's `metrics.jsonl`.
+      path: the PNG to write.
+    """
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    name = "accuracy" if any("accuracy" in row for row in rows) else "loss"
+    figure, axes = _figure(6, 4)
+    axes.plot([row["step"] for row in rows], [row[name] for row in rows], label=f"training {name}")
+    valid = [row for row in rows if "valid_score" in row]
+    if valid:
+        middle, half = (np.array([row[key] for row in valid]) for key in ("valid_score", "valid_interval"))
+        axes.errorbar([row["step"] for row in valid], middle, half, fmt="o-", label="validation, 95 % interval")
+    axes.set(xlabel="meta-steps", ylabel=name)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def by_inner_step(result: dict[str, Any], path: Path) -> None:
+    """Draws the test score after each inner step.
+
+    Args:
+      result: a run's `result.json`.
+      path: the PNG to write.
+    """
+    middle, half = np.array(result["by_step"]).T
+    figure, axes = _figure(6, 4)
+    axes.errorbar(range(len(middle)), middle, half, fmt="o-")
+    axes.set(xlabel="inner steps", ylabel=f"test {result['metric']}, 95 % interval")
+    axes.set_xticks(range(len(middle)))
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def episode(support: np.ndarray, query: np.ndarray, truth: np.ndarray, predicted: np.ndarray, path: Path) -> None:
+    """Draws an episode: a row a class, its support images, then its queries, framed green where right and red where wrong.
+
+    Args:
+      support: `[ways, shots, height, width, channels]` in [0, 1].
+      query: `[ways, queries, height, width, channels]` in [0, 1].
+      truth: labels `[ways, queries]`.
+      predicted: labels `[ways, queries]`.
+      path: the PNG to write.
+    """
+    rows = [[_framed(image, (0.5, 0.5, 0.5)) for image in row] for row in support]
+    gap = np.ones((rows[0][0].shape[0], 6, 3))
+    for row, images, labels, guesses in zip(rows, query, truth, predicted, strict=True):
+        colours = [(0, 0.6, 0) if label == guess else (0.9, 0, 0) for label, guess in zip(labels, guesses, strict=True)]
+        row += [gap, *(_framed(image, colour) for image, colour in zip(images, colours, strict=True))]
+    picture = np.concatenate([np.concatenate(row, 1) for row in rows])
+    figure, axes = _figure(picture.shape[1] / 60, picture.shape[0] / 60 + 0.5)
+    axes.imshow(picture)
+    axes.set_title(f"support | queries, {np.mean(truth == predicted):.0%} right", fontsize=9)
+    axes.axis("off")
+    figure.savefig(path, dpi=120)
+
+
+def _framed(image: np.ndarray, colour: tuple[float, float, float]) -> np.ndarray:
+    image = np.broadcast_to(image, (*image.shape[:2], 3))
+    framed = np.empty((image.shape[0] + 4, image.shape[1] + 4, 3))
+    framed[:] = colour
+    framed[2:-2, 2:-2] = image
+    return framed

@@ -1,0 +1,190 @@
+"""Presets: a frozen configuration for each row of the results, and how a configuration becomes a learner and its tasks.
+
+References:
+  Finn, Abbeel, Levine, Model-Agnostic Meta-Learning, ICML 2017 (https://arxiv.org/abs/1703.03400), appendix A: ways, shots, inner and
+  outer steps, meta-batches and networks of the `maml-omniglot` and `maml-sinusoid` presets.
+
+Differs from the paper in: inner rates are for a mean loss (see `jmeta.xent`) and were chosen on validation classes; queries a class
+in training, and 15 of them in tests; tests on unrotated classes.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import optax
+
+from jmeta import losses
+from jmeta.core import MetaLearner, Model, Tasks
+from jmeta.learners.maml import anil, boil, maml, meta_sgd
+from jmeta.models.backbones import conv4, mlp
+from jmeta.models.layers import Norm
+from jmeta.tasks.episodes import episodes
+from jmeta.tasks.feeds import repeat
+from jmeta.tasks.glyphs import glyphs
+from jmeta.tasks.images import Images, Splits
+from jmeta.tasks.omniglot import omniglot
+from jmeta.tasks.sinusoid import sinusoid
+
+IMAGE_SIZE = 28
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All that a run of the command line depends on: names and numbers alone."""
+
+    method: Literal["maml", "fomaml", "anil", "boil", "meta-sgd"] = "maml"
+    """How tasks are learned."""
+    dataset: Literal["glyphs", "omniglot", "sinusoid"] = "glyphs"
+    """What is learned; glyphs are rendered, Omniglot is read or downloaded."""
+    source: str | None = None
+    """Where Omniglot lies (.npz, a folder of tensorflow-datasets, or of the archives); looked up or downloaded if not given."""
+    split: Literal["customary", "background"] = "customary"
+    """Omniglot's classes: 1100/100/423 of all in a seeded order, or 964 background and 659 evaluation classes."""
+    rotate: bool = True
+    """Whether Omniglot's training classes rotated by 90, 180 and 270 degrees count as classes of their own."""
+    ways: int = 5
+    """Classes of an episode."""
+    shots: int = 1
+    """Support images of a class (points of a sine wave)."""
+    queries: int = 5
+    """Query images of a class in training (points of a sine wave)."""
+    test_queries: int = 15
+    """The same in validation and tests."""
+    filters: int = 64
+    """Channels of each convolution."""
+    norm: Norm = "batch"
+    """Normalisation; with batch, queries are predicted together (transductive)."""
+    inner_rate: float = 0.4
+    """Rate of the inner steps (their start, for meta-sgd), for a mean loss."""
+    inner_steps: int = 1
+    """Inner steps in training."""
+    test_steps: int = 3
+    """Inner steps in validation and tests."""
+    outer_rate: float = 1e-3
+    """Adam's rate."""
+    steps: int = 1000
+    """Meta-steps."""
+    batch: int = 32
+    """Tasks of a meta-step."""
+    chunk: int | None = None
+    """Tasks vmapped together; chosen by device and network if not given."""
+    validate_every: int = 500
+    """Meta-steps between two validations, where the data has validation classes; 0 for none."""
+    validate_episodes: int = 200
+    """Episodes of a validation."""
+    test_episodes: int = 600
+    """Episodes of the final test."""
+    seed: int = 0
+    """Seed of the initial parameters, the tasks and the splits."""
+    save_every: int = 500
+    """Meta-steps between two checkpoints."""
+
+
+_GLYPHS = Config()
+_OMNIGLOT = Config(dataset="omniglot", steps=60_000, validate_every=2_000, save_every=1_000)
+_TWENTY = dataclasses.replace(_OMNIGLOT, ways=20, batch=16, inner_steps=5, test_steps=5)
+_SINE = Config(
+    dataset="sinusoid", shots=10, queries=10, test_queries=10, inner_rate=0.01, test_steps=10, steps=70_000, batch=25, validate_every=0
+)
+
+PRESETS: dict[str, Config] = {
+    "maml-glyphs-5w1s": _GLYPHS,
+    "maml-omniglot-5w1s": _OMNIGLOT,
+    "maml-omniglot-5w5s": dataclasses.replace(_OMNIGLOT, shots=5),
+    "maml-omniglot-20w1s": _TWENTY,
+    "maml-omniglot-20w5s": dataclasses.replace(_TWENTY, shots=5),
+    "fomaml-omniglot-5w1s": dataclasses.replace(_OMNIGLOT, method="fomaml"),
+    "anil-omniglot-5w1s": dataclasses.replace(_OMNIGLOT, method="anil"),
+    "boil-omniglot-5w1s": dataclasses.replace(_OMNIGLOT, method="boil"),
+    "meta-sgd-omniglot-5w1s": dataclasses.replace(_OMNIGLOT, method="meta-sgd"),
+    "maml-sinusoid-10s": _SINE,
+    "maml-sinusoid-5s": dataclasses.replace(_SINE, shots=5, queries=5, test_queries=5),
+}
+DEFAULT = "maml-glyphs-5w1s"
+
+
+def preset(name: str) -> Config:
+    """The configuration of that name.
+
+    Raises:
+      ValueError: there is none; the nearest name is given.
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
+    raise ValueError(f"preset: {name!r} is not known; the nearest is {near!r}. `jmeta presets` lists all.")
+
+
+def make_model(config: Config) -> Model:
+    """The network of a configuration: an MLP of 40-40 for sine waves, conv4 for images."""
+    if config.dataset == "sinusoid":
+        return mlp(1, norm="none")
+    return conv4(config.ways, filters=config.filters, shape=(IMAGE_SIZE, IMAGE_SIZE, 1), norm=config.norm)
+
+
+def make_learner(config: Config, steps: int | None = None) -> MetaLearner:
+    """The learner of a configuration, with other inner steps if given."""
+    model, data = make_model(config), repeat(config.inner_steps if steps is None else steps)
+    loss = losses.mse if config.dataset == "sinusoid" else losses.xent
+    if config.method == "meta-sgd":
+        return meta_sgd(model, loss, data, rate=config.inner_rate)
+    make = {"maml": maml, "fomaml": maml, "anil": anil, "boil": boil}[config.method]
+    return make(model, loss, optax.sgd(config.inner_rate), data, order=1 if config.method == "fomaml" else 2)
+
+
+def make_splits(config: Config) -> Splits | None:
+    """The image classes of a configuration, None for sine waves."""
+    if config.dataset == "glyphs":
+        return glyphs(size=IMAGE_SIZE, seed=config.seed)
+    if config.dataset == "omniglot":
+        rotate = None if config.rotate else False
+        return omniglot(config.source, split=config.split, rotate=rotate, size=IMAGE_SIZE, seed=config.seed)
+    return None
+
+
+class Problem(NamedTuple):
+    """The tasks of a configuration.
+
+    Attributes:
+      train, valid, test: tasks of disjoint classes; `valid` is None where there are no classes for it.
+      labels: names of the training classes.
+      metric: what a test measures, and its name.
+    """
+
+    train: Tasks
+    valid: Tasks | None
+    test: Tasks
+    labels: tuple[str, ...]
+    metric: Callable[..., jax.Array]
+    metric_name: str
+
+
+def make_problem(config: Config) -> Problem:
+    """Loads the data of a configuration and checks that its episodes can be drawn."""
+    splits = make_splits(config)
+    if splits is None:
+        test = sinusoid(config.shots, config.test_queries)
+        return Problem(sinusoid(config.shots, config.queries), None, test, (), losses.mse, "mse")
+
+    def draw(images: Images, queries: int) -> Tasks:
+        return episodes(images, config.ways, config.shots, queries)
+
+    valid = None if splits.valid is None or not config.validate_every else draw(splits.valid, config.test_queries)
+    train, test = draw(splits.train, config.queries), draw(splits.test, config.test_queries)
+    return Problem(train, valid, test, splits.train.names, losses.accuracy, "accuracy")
+
+
+def from_dict(stored: Any, where: str | Path) -> Config:
+    """The configuration kept with a run.
+
+    Raises:
+      ValueError: the run was made from code, with a config of its own.
+    """
+    names = {field.name for field in dataclasses.fields(Config)}
+    if not isinstance(stored, dict) or not set(stored) <= names or "method" not in stored:
+        raise ValueError(f"run: {where} was not made by `jmeta train`, so its learner is not known; give load(..., learner=).")
+    return Config(**stored)

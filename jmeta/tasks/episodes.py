@@ -1,0 +1,86 @@
+"""Few-shot episodes: N classes drawn from an image set, K images of each to learn from and Q to be judged on.
+
+References:
+  Vinyals, Blundell, Lillicrap, Kavukcuoglu, Wierstra, Matching Networks for One Shot Learning, NeurIPS 2016
+  (https://arxiv.org/abs/1606.04080), section 2.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jmeta.core import Batch, Task, Tasks
+from jmeta.tasks.images import Images
+
+DEVICE_BUDGET = 2 * 1024**3
+
+
+def episodes(
+    images: Images, ways: int, shots: int, queries: int = 15, *, device_budget: int = DEVICE_BUDGET
+) -> Tasks:
+    """Episodes sampled from an image set, inside the compiled step.
+
+    Args:
+      images: the image set.
+      ways: classes of an episode, drawn without replacement.
+      shots: support images of a class.
+      queries: query images of a class, disjoint from the support's.
+      device_budget: an image set of at most so many bytes lives on the device as uint8; a larger one stays on the host, from where
+        `fit` and `fewshot` fetch each episode's images ahead of time. The episodes of a key are the same.
+
+    Returns:
+      Tasks whose batches have x float32 `[ways * shots, height, width, channels]` in [0, 1] and y int32 `[ways * shots]`; images of
+      a class lie next to each other.
+
+    Raises:
+      ValueError: more ways than classes, or shots + queries above the images of a class.
+    """
+    _check(images, ways, shots, queries)
+    each = shots + queries
+
+    def choose(key, start, count):
+        key_class, key_image = jax.random.split(key)
+        classes = jax.random.choice(key_class, len(images.names), (ways,), replace=False)
+
+        def members(key, one):
+            scores = jax.random.uniform(key, (int(images.count.max()),))
+            order = jnp.argsort(jnp.where(jnp.arange(scores.size) < count[one], scores, 2.0))
+            return start[one] + order[:each]
+
+        return jax.vmap(members)(jax.random.split(key_image, ways), classes)
+
+    def split(pixels):
+        x = pixels.astype(jnp.float32) / 255
+        labels = jnp.arange(ways, dtype=jnp.int32)
+
+        def part(x):
+            return Batch(x.reshape(-1, *x.shape[2:]), jnp.repeat(labels, x.shape[1]))
+
+        return Task(part(x[:, :shots]), part(x[:, shots:]))
+
+    if images.pixels.nbytes <= device_budget:
+        data = jax.tree.map(jnp.asarray, (images.pixels, images.start, images.count))
+        return Tasks(lambda key, data: split(data[0][choose(key, *data[1:])]), data)
+
+    indices = jax.jit(jax.vmap(lambda key: choose(key, jnp.asarray(images.start), jnp.asarray(images.count))))
+
+    def stage(keys):
+        return images.pixels[np.asarray(indices(keys))]
+
+    return Tasks(lambda key, data: split(data), (), stage)
+
+
+def _check(images: Images, ways: int, shots: int, queries: int) -> None:
+    for name, number in {"ways": ways, "shots": shots, "queries": queries}.items():
+        if number < 1:
+            raise ValueError(f"episodes: {name} must be at least 1, got {number}.")
+    if ways > len(images.names):
+        raise ValueError(
+            f"episodes: ways is {ways}, but the image set has {len(images.names)} classes. Usual cause: a small validation split."
+        )
+    fewest = int(np.argmin(images.count))
+    if shots + queries > images.count[fewest]:
+        raise ValueError(
+            f"episodes: shots + queries is {shots} + {queries} = {shots + queries}, but class {images.names[fewest]!r} has "
+            f"{images.count[fewest]} images. Lower queries, or leave out classes with few images."
+        )

@@ -1,0 +1,65 @@
+"""What the inner loop sees at each step of a task: all of the support set, minibatches of it, or one example after another."""
+
+import jax
+import jax.numpy as jnp
+
+from jmeta.core import Batch, Data, memoise
+
+
+def _check_steps(name: str, steps: int) -> None:
+    if not isinstance(steps, int) or steps < 0:
+        raise ValueError(f"{name}: steps must be an int of at least 0, got {steps!r}.")
+
+
+@memoise
+def repeat(steps: int) -> Data:
+    """The whole support set at each of `steps` steps.
+
+    >>> repeat(5).steps
+    5
+    """
+    _check_steps("repeat", steps)
+    return Data(steps, lambda key, source, step, act: source)
+
+
+@memoise
+def minibatches(steps: int, size: int) -> Data:
+    """`size` examples of the support set at each step, drawn without replacement within a step.
+
+    Args:
+      steps: number of inner steps.
+      size: examples a step; a support set of fewer is an error when the program is traced.
+    """
+    _check_steps("minibatches", steps)
+    if size < 1:
+        raise ValueError(f"minibatches: size must be at least 1, got {size}.")
+
+    def at(key, source: Batch, step, act):
+        examples = source.y.shape[0]
+        if examples < size:
+            raise ValueError(
+                f"minibatches: size is {size}, but the support set has {examples} examples. Usual cause: fewer ways * shots "
+                "than the size."
+            )
+        chosen = jax.random.permutation(key, examples)[:size]
+        return jax.tree.map(lambda leaf: leaf[chosen], source)
+
+    return Data(steps, at)
+
+
+@memoise
+def one_by_one(steps: int) -> Data:
+    """One example of the support set at each step, in order.
+
+    Args:
+      steps: number of inner steps; a support set of fewer examples is an error when the program is traced.
+    """
+    _check_steps("one_by_one", steps)
+
+    def at(key, source: Batch, step, act):
+        examples = jax.tree.leaves(source)[0].shape[0]
+        if examples < steps:
+            raise ValueError(f"one_by_one: {steps} steps need as many examples, but the support set has {examples}.")
+        return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, jnp.asarray(step), 1), source)
+
+    return Data(steps, at)

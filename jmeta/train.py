@@ -1,0 +1,450 @@
+"""`fit`: one flat training loop for every meta-learner.
+
+A dispatch runs many meta-steps in one compiled program; a meta-step samples its tasks on the device, accumulates their
+meta-gradients chunk by chunk and takes a step of the outer optimiser. The key of a meta-step is `fold_in(key, step)` and that of a
+task `fold_in(step key, task index)`, so neither chunks nor interruptions change what is computed.
+"""
+
+import contextlib
+import functools
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jmeta import checkpoint, log
+from jmeta.core import MetaLearner, Tasks, Theta, default_chunk
+from jmeta.evaluate.fewshot import Score, fewshot
+
+DISPATCH = 100  # most meta-steps in one call of the compiled program
+STAGED_DISPATCH = 10  # the same where images are fetched from the host
+DISPATCH_SECONDS = 1.0
+
+
+class Fit(NamedTuple):
+    """What `fit` returns.
+
+    Attributes:
+      theta: the best by validation where there is one, else the last.
+      last: theta after the last step.
+      state: the outer optimiser's state after the last step.
+      history: `{"loss": [steps], "accuracy": [steps], ...}` of this call, means over each meta-batch; with validation also
+        `valid_step` and `valid_score`.
+    """
+
+    theta: Any
+    last: Any
+    state: Any
+    history: dict[str, Any]
+
+
+class Validation(NamedTuple):
+    """How `fit` chooses the best theta: every `every` steps, the score of `learner` on `episodes` fixed episodes of `tasks`.
+
+    Attributes:
+      learner: may differ from the one trained, in steps for instance.
+      tasks: validation tasks.
+      episodes: how many.
+      every: meta-steps between two validations; the last step is always validated.
+      metric: `(outputs, y) -> scalar`, higher is better; None for accuracy.
+    """
+
+    learner: MetaLearner
+    tasks: Tasks
+    episodes: int = 200
+    every: int = 500
+    metric: Callable[..., jax.Array] | None = None
+
+
+class _Carry(NamedTuple):
+    theta: Any
+    state: Any
+
+
+def _learned(theta: Theta) -> Theta:
+    """The part of theta that the outer optimiser moves: all but its memory."""
+    return theta._replace(memory=())
+
+
+def _mean_over_tasks(leaf: jax.Array) -> jax.Array:
+    """Floats are averaged over tasks, anything else (counts) is the last task's."""
+    return leaf.mean(0) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf[-1]
+
+
+def batch_gradient(learner: MetaLearner, sample: Callable, batch: int, chunk: int) -> Callable:
+    """The meta-gradient of a batch of tasks, `chunk` tasks at a time.
+
+    Args:
+      learner: a meta-learner.
+      sample: `(key, data) -> Task`.
+      batch: tasks of a meta-batch.
+      chunk: tasks that are vmapped together; chunks are scanned and their gradients accumulated.
+
+    Returns:
+      `(key, theta, data, meta_step, staged=False) -> (base, gradient, info)`: means over the tasks; `data` has a leading axis
+      `[batch]` if staged.
+    """
+
+    def one(theta, data, meta_step, key):
+        key_task, key_learn = jax.random.split(key)
+        base, gradient, info = learner.grad(key_learn, theta, sample(key_task, data), meta_step=meta_step)
+        leaves = zip(jax.tree.leaves(_learned(base)), jax.tree.leaves(_learned(theta)), strict=True)
+        if batch > 1 and not all(ours is theirs for ours, theirs in leaves):
+            raise ValueError(
+                f"fit: batch is {batch}, but this learner steps from a base that depends on the task (ASB, Meta-ASB), so the "
+                "meta-batch must be 1."
+            )
+        return (base if batch == 1 else base.memory), gradient, info
+
+    def gradient(key, theta, data, meta_step, staged=False):
+        keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(batch))
+        if batch == 1:
+            return one(theta, jax.tree.map(lambda leaf: leaf[0], data) if staged else data, meta_step, keys[0])
+        axis = 0 if staged else None
+
+        def part(total, keys_and_data):
+            keys, part_data = keys_and_data
+            part_data = part_data if staged else data
+            if chunk == 1:
+                first = jax.tree.map(lambda leaf: leaf[0], part_data) if staged else part_data
+                memory, grads, info = one(theta, first, meta_step, keys[0])
+                return jax.tree.map(jnp.add, total, grads), (memory, info)
+            tasks = jax.vmap(functools.partial(one, theta), (axis, None, 0))
+            memories, grads, info = tasks(part_data, meta_step, keys)
+            total = jax.tree.map(lambda t, g: t + g.sum(0), total, grads)
+            return total, jax.tree.map(_mean_over_tasks, (memories, info))
+
+        zeros = jax.tree.map(jnp.zeros_like, _learned(theta))
+        chunks = jax.tree.map(lambda leaf: leaf.reshape(batch // chunk, chunk, *leaf.shape[1:]), (keys, data if staged else ()))
+        total, rest = jax.lax.scan(part, zeros, chunks)
+        memory, info = jax.tree.map(_mean_over_tasks, rest)
+        return theta._replace(memory=memory), jax.tree.map(lambda leaf: leaf / batch, total), info
+
+    return gradient
+
+
+def meta_step(learner: MetaLearner, sample: Callable, outer: optax.GradientTransformation, batch: int, chunk: int) -> Callable:
+    """One step of the outer optimiser: `(key, carry, data, step, staged) -> (carry, info)`."""
+    gradient_of = batch_gradient(learner, sample, batch, chunk)
+    outer = optax.with_extra_args_support(outer)
+
+    def step(key, carry, data, number, staged=False):
+        theta, state = carry
+        base, gradient, info = gradient_of(key, theta, data, number, staged)
+
+        def value_fn(moved):
+            return gradient_of(key, moved._replace(memory=theta.memory), data, number, staged)[2]["loss"]
+
+        extra = {"value": info["loss"], "grad": gradient, "value_fn": value_fn, "info": info}
+        updates, state = outer.update(gradient, state, _learned(base), **extra)
+        moved = optax.apply_updates(_learned(base), updates)._replace(memory=base.memory)
+        return _Carry(moved, state), {**info, "gradient_norm": optax.tree.norm(gradient)}
+
+    return step
+
+
+@functools.partial(jax.jit, static_argnums=range(6), donate_argnums=7)
+def _dispatch(learner, sample, outer, batch, chunk, size, key, carry, data, first, count, block):
+    """`count` meta-steps from step `first`; `block` is the step of `data[0]` where data is staged, else None."""
+    step = meta_step(learner, sample, outer, batch, chunk)
+
+    def now(number):
+        return data if block is None else jax.tree.map(lambda leaf: leaf[number - block], data)
+
+    @jax.jit  # so that the shapes below and the loop share one trace
+    def run(number, carry):
+        return step(jax.random.fold_in(key, number), carry, now(number), number, block is not None)
+
+    shapes = jax.eval_shape(run, first, carry)[1]
+    rows = jax.tree.map(lambda leaf: jnp.zeros((size, *leaf.shape), leaf.dtype), shapes)
+
+    def body(offset, loop):
+        carry, rows = loop
+        carry, info = run(first + offset, carry)
+        return carry, jax.tree.map(lambda row, value: row.at[offset].set(value), rows, info)
+
+    return jax.lax.fori_loop(0, count, body, (carry, rows))
+
+
+def fit(
+    key: jax.Array,
+    learner: MetaLearner,
+    tasks: Tasks,
+    outer: optax.GradientTransformation,
+    steps: int,
+    batch: int,
+    *,
+    theta: Theta | None = None,
+    state: Any = None,
+    validate: Validation | None = None,
+    chunk: int | None = None,
+    workdir: str | Path | None = None,
+    resume: bool = False,
+    config: Any = None,
+    labels: tuple[str, ...] = (),
+    save_every: int = 500,
+    log_every: int = 100,
+    progress: bool = True,
+) -> Fit:
+    """Meta-trains a learner.
+
+    It may be called under `jax.vmap`, over keys or over anything that the learner was made from; it then neither prints nor writes.
+
+    Args:
+      key: a typed key, `jax.random.key(seed)`; all of the run follows from it.
+      learner: what is trained.
+      tasks: what it is trained on.
+      outer: any optax optimiser; it may take `value`, `grad`, `value_fn` and `info` by keyword.
+      steps: meta-steps.
+      batch: tasks of a meta-step.
+      theta: where to start; `learner.init` if None. It is copied, not consumed.
+      state: the outer optimiser's state to start from; a fresh one if None.
+      validate: how the best theta is chosen; None returns the last.
+      chunk: tasks that are vmapped together, a divisor of batch; chosen by device and network if None.
+      workdir: a new folder for checkpoints, `metrics.jsonl` and TensorBoard. With it, Ctrl-C and SIGTERM save before they end the run.
+      resume: go on with the run in workdir, bit for bit as if it had not stopped; a new one begins where there is none.
+      config: dataclass or dict to keep beside the checkpoints; a resumed run must have the same but for `steps`.
+      labels: names of the classes trained on, to keep likewise.
+      save_every: meta-steps between checkpoints.
+      log_every: meta-steps that a row of metrics is the mean of.
+      progress: whether to show a progress bar, or plain lines outside a terminal.
+
+    Returns:
+      A `Fit`.
+
+    Raises:
+      ValueError: an argument does not fit; or a batch above 1 for a learner whose base depends on the task.
+      FileExistsError: workdir holds something and `resume` was not asked for.
+      FloatingPointError: the loss or its gradient is no longer finite; the message says at which step and what is saved.
+      KeyboardInterrupt, SystemExit: the run was interrupted, and saved if it has a workdir.
+    """
+    plan = _Plan(steps, batch, save_every, log_every, validate)
+    theta = learner.init(key) if theta is None else theta
+    chunk = default_chunk(theta.params, batch) if chunk is None else chunk
+    _check(key, learner, tasks, outer, theta, plan, chunk)
+    theta = jax.tree.map(jnp.copy, theta)
+    state = outer.init(_learned(theta)) if state is None else jax.tree.map(jnp.copy, state)
+    start = checkpoint.Snapshot(theta, state, 0, jax.random.key_data(key), theta, -math.inf)
+    dispatch = functools.partial(_dispatch, learner, tasks.sample, outer, batch, chunk)
+    if _is_traced(dispatch, key, start, tasks, batch):
+        return _fit_traced(dispatch, key, start, tasks, plan, workdir)
+    folder = None if workdir is None else checkpoint.open_run(workdir, resume, config, labels)
+    if folder is not None and checkpoint.latest(folder) is not None:
+        start = _same_key(checkpoint.read(folder, start), key, folder)
+    with log.reporter(folder, steps, start.step, progress) as report, _signals(folder is not None) as received:
+        return _loop(dispatch, key, tasks, start, plan, report, folder, received)
+
+
+class _Plan(NamedTuple):
+    steps: int
+    batch: int
+    save_every: int
+    log_every: int
+    validate: Validation | None
+
+    def boundary(self, step: int) -> int:
+        """The next step after `step` at which something is due."""
+        every = [self.log_every, self.save_every, *([self.validate.every] if self.validate else [])]
+        return min(self.steps, *(step - step % each + each for each in every))
+
+    def due(self, step: int, every: int) -> bool:
+        return step % every == 0 or step == self.steps
+
+
+def _loop(dispatch, key, tasks, now, plan, report, folder, received) -> Fit:
+    """Dispatches until the last step; logs, validates and saves where they are due."""
+    if plan.validate is None:
+        now = now._replace(best=())
+    history, pending, since = [], [], time.perf_counter()
+    valid_steps, valid_scores, pace = [], [], 1
+    with _staging(tasks, key, plan.batch) as block_of:
+        while now.step < plan.steps:
+            data, block, end = block_of(now.step)
+            count = min(plan.boundary(now.step), end, now.step + pace) - now.step
+            size = DISPATCH if block is None else STAGED_DISPATCH
+            began = time.perf_counter()
+            carry, rows = dispatch(size, key, _Carry(now.theta, now.state), data, now.step, count, block)
+            rows = jax.tree.map(lambda leaf, count=count: np.asarray(leaf)[:count], rows)
+            _check_finite(rows, now.step, folder)
+            pace = _next_pace(pace, time.perf_counter() - began, size)
+            now = now._replace(theta=carry.theta, state=carry.state, step=now.step + count)
+            history.append(rows)
+            pending.append(rows)
+            stop = bool(received)
+            row = {"step": now.step, **_means(pending)}
+            report.advance(now.step, row)
+            if plan.validate and plan.due(now.step, plan.validate.every):
+                now, score = _validated(key, plan.validate, now)
+                valid_steps.append(now.step)
+                valid_scores.append(score.mean)
+                row |= {"valid_score": score.mean, "valid_interval": score.interval}
+            if stop or plan.due(now.step, plan.log_every) or "valid_score" in row:
+                tasks_done = plan.batch * sum(len(part["loss"]) for part in pending)
+                report.row({**row, "tasks_per_second": tasks_done / (time.perf_counter() - since)})
+                pending, since = [], time.perf_counter()
+            if folder is not None and (stop or plan.due(now.step, plan.save_every)):
+                checkpoint.write(folder, now)
+            if stop:
+                _leave(received[0], now.step, folder)
+    rows = jax.tree.map(lambda *parts: np.concatenate(parts), *history) if history else {}
+    if plan.validate:
+        rows |= {"valid_step": np.array(valid_steps), "valid_score": np.array(valid_scores)}
+    return Fit(now.best if plan.validate else now.theta, now.theta, now.state, rows)
+
+
+def _fit_traced(dispatch, key, start, tasks, plan, workdir) -> Fit:
+    """All steps in one dispatch, for `vmap` over whole runs."""
+    if workdir is not None or plan.validate is not None or tasks.stage is not None:
+        raise ValueError("fit: under vmap or jit there can be neither workdir nor validate nor host-resident images.")
+    size = max(plan.steps, 1)
+    carry, rows = dispatch(size, key, _Carry(start.theta, start.state), tasks.data, 0, plan.steps, None)
+    return Fit(carry.theta, carry.theta, carry.state, rows)
+
+
+def _is_traced(dispatch, key, start, tasks, batch) -> bool:
+    """Whether `fit` runs under a transformation: an argument, or something the learner was made from, is a tracer."""
+    arguments = (key, start.theta, start.state)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments)):
+        return True
+    with _staging(tasks, key, batch) as block_of:
+        data, block, _ = block_of(0)
+    size = DISPATCH if block is None else STAGED_DISPATCH
+    call = functools.partial(dispatch, size)
+    program = jax.make_jaxpr(call)(key, _Carry(start.theta, start.state), data, 0, 1, block)
+    return any(isinstance(constant, jax.core.Tracer) for constant in program.consts)
+
+
+@contextlib.contextmanager
+def _staging(tasks: Tasks, key: jax.Array, batch: int) -> Iterator[Callable]:
+    """Gives `block_of(step) -> (data, first step of the block or None, step after the block)`.
+
+    Data on the device is one endless block. Images on the host come in blocks of 10 meta-steps, the next of which a thread fetches
+    while the device works on the present one.
+    """
+    if tasks.stage is None:
+        yield lambda step: (tasks.data, None, math.inf)
+        return
+
+    @jax.jit
+    def keys_of(steps):
+        def of_task(step, index):
+            return jax.random.split(jax.random.fold_in(jax.random.fold_in(key, step), index))[0]
+
+        return jax.vmap(lambda step: jax.vmap(lambda index: of_task(step, index))(jnp.arange(batch)))(steps)
+
+    def fetch(block):
+        keys = keys_of(block + jnp.arange(STAGED_DISPATCH)).reshape(-1)
+        images = tasks.stage(keys)
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf.reshape(STAGED_DISPATCH, batch, *leaf.shape[1:])), images)
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting = {}
+
+        def block_of(step):
+            block = step - step % STAGED_DISPATCH
+            following = block + STAGED_DISPATCH
+            for wanted in (block, following):
+                if wanted not in waiting:
+                    waiting[wanted] = pool.submit(fetch, wanted)
+            for old in [each for each in waiting if each < block]:
+                del waiting[old]
+            return waiting[block].result(), block, following
+
+        yield block_of
+
+
+@contextlib.contextmanager
+def _signals(enabled: bool) -> Iterator[list[int]]:
+    """Notes SIGINT and SIGTERM instead of dying, so that the loop can save first; a second one ends at once."""
+    received: list[int] = []
+    if not enabled or threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def note(number, frame):
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _leave(number: int, step: int, folder: Path) -> None:
+    message = f"Stopped at step {step}; saved in {folder}. To go on, call again with resume=True (jmeta train --resume {folder})."
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt(message)
+    print(message, file=sys.stderr)
+    raise SystemExit(128 + number)
+
+
+def _check(key, learner, tasks, outer, theta, plan: _Plan, chunk: int) -> None:
+    for name in ("batch", "save_every", "log_every"):
+        if getattr(plan, name) < 1:
+            raise ValueError(f"fit: {name} must be at least 1, got {getattr(plan, name)}.")
+    if plan.steps < 0:
+        raise ValueError(f"fit: steps must be at least 0, got {plan.steps}.")
+    if not jnp.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key):
+        raise TypeError(f"fit: key must be a typed key as jax.random.key(0) makes it, got {type(key).__name__}.")
+    for name, value, kind in (("learner", learner, MetaLearner), ("tasks", tasks, Tasks), ("theta", theta, Theta)):
+        if not isinstance(value, kind):
+            raise TypeError(f"fit: {name} must be a jmeta.{kind.__name__}, got {type(value).__name__}.")
+    if not isinstance(outer, optax.GradientTransformation):
+        raise TypeError(f"fit: outer must be an optax optimiser such as optax.adam(1e-3), got {outer!r}.")
+    if chunk < 1 or plan.batch % chunk:
+        raise ValueError(f"fit: batch must be divisible by chunk, got batch {plan.batch} and chunk {chunk}.")
+    if plan.validate is not None and plan.validate.every < 1:
+        raise ValueError(f"fit: validate.every must be at least 1, got {plan.validate.every}.")
+
+
+def _check_finite(rows: dict[str, np.ndarray], first: int, folder: Path | None) -> None:
+    finite = np.isfinite(rows["loss"]) & np.isfinite(rows["gradient_norm"])
+    if finite.all():
+        return
+    saved = "nothing is saved, since there is no workdir"
+    if folder is not None:
+        step = checkpoint.latest(folder)
+        saved = f"no checkpoint was due before in {folder}" if step is None else f"the last good checkpoint is step {step} in {folder}"
+    raise FloatingPointError(
+        f"fit: the loss or its gradient is not finite at step {first + int(finite.argmin()) + 1}; {saved}. Usual causes: an inner or "
+        "outer rate that is too high, an inner Adam without eps_root, inputs that are not scaled to about 1."
+    )
+
+
+def _same_key(snapshot: checkpoint.Snapshot, key: jax.Array, folder: Path) -> checkpoint.Snapshot:
+    if not np.array_equal(snapshot.key, jax.random.key_data(key)):
+        raise ValueError(f"resume: the run in {folder} began with another key, so it would not go on as if it had not stopped.")
+    return snapshot
+
+
+def _next_pace(pace: int, seconds: float, size: int) -> int:
+    """Meta-steps of the next dispatch, so that it lasts about a second: short enough for Ctrl-C, long enough to cost nothing."""
+    if seconds > 2 * DISPATCH_SECONDS:
+        return max(1, pace // 2)
+    return min(2 * pace, size) if seconds < DISPATCH_SECONDS / 2 else pace
+
+
+def _means(rows: list[dict[str, np.ndarray]]) -> dict[str, float]:
+    return {name: float(np.concatenate([part[name] for part in rows]).mean()) for name in rows[0]}
+
+
+def _validated(key: jax.Array, validate: Validation, now: checkpoint.Snapshot) -> tuple[checkpoint.Snapshot, Score]:
+    key = jax.random.fold_in(key, 2**32 - 1)  # no meta-step has this number
+    score = fewshot(key, validate.learner, now.theta, validate.tasks, validate.episodes, metric=validate.metric)
+    if score.mean > now.score:
+        now = now._replace(best=jax.tree.map(jnp.copy, now.theta), score=score.mean)
+    return now, score
