@@ -54,7 +54,9 @@ def _resume(args: list[str]) -> None:
 
 def _parse(prog: str, args: list[str], default: presets.Config) -> tuple[_Where, presets.Config]:
     where = tyro.conf.arg(name="")
-    return tyro.cli(tuple[Annotated[_Where, where], Annotated[presets.Config, where]], prog=prog, args=args, default=(_Where(), default))
+    return tyro.cli(
+        tuple[Annotated[_Where, where], Annotated[presets.Config, where]], prog=prog, args=args, default=(_Where(), default)
+    )
 
 
 def main() -> None:

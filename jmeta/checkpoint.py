@@ -1,7 +1,7 @@
 """Checkpoints and runs: what was learned, with what it takes to go on as if never stopped.
 
-A run is a folder: `run.json` (format, config, labels, versions), `checkpoints/STEP/` (Orbax), `metrics.jsonl` and whatever the command
-line adds. Orbax writes a checkpoint beside and renames it, so one that was cut off is never taken for whole.
+A run is a folder: `run.json` (format, config, labels, versions), `checkpoints/STEP/` (Orbax), `metrics.jsonl` and whatever the
+command line adds. Orbax writes a checkpoint beside and renames it, so one that was cut off is never taken for whole.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class Snapshot(NamedTuple):
       state: the outer optimiser's state.
       step: meta-steps taken.
       key: the run's key, `jax.random.key_data`.
-      best: the best theta by validation; theta where nothing was validated.
+      best: the best theta by validation; `()` in a run without one.
       score: its score; -inf where nothing was validated.
     """
 
@@ -175,10 +175,9 @@ def _fit_into(like: Any, stored: dict[str, Any], folder: Path) -> Any:
         where = "misses" if odd in wanted else "has, unlike the learner,"
         raise ValueError(f"checkpoint: {folder} {where} {odd}. {cause}")
     for name, leaf in wanted.items():
-        if jnp.shape(stored[name]) != jnp.shape(leaf):
-            raise ValueError(
-                f"checkpoint: {folder} has {name} of shape {jnp.shape(stored[name])}, the learner expects {jnp.shape(leaf)}. {cause}"
-            )
+        found, expected = jnp.shape(stored[name]), jnp.shape(leaf)
+        if found != expected:
+            raise ValueError(f"checkpoint: {folder} has {name} of shape {found}, the learner expects {expected}. {cause}")
     leaves = [np.asarray(stored[name], jnp.result_type(leaf)) for name, leaf in wanted.items()]
     restored = jax.tree.unflatten(jax.tree.structure(like), leaves)
     return restored._replace(step=int(restored.step), score=float(restored.score)) if isinstance(like, Snapshot) else restored

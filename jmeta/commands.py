@@ -177,7 +177,9 @@ def adapt(
         raise ValueError(f"adapt: {run} learned sine waves, not pictures.")
     shown = from_folder(support, size=presets.IMAGE_SIZE, channels=1)
     if len(shown.names) > config.ways:
-        raise ValueError(f"adapt: support has {len(shown.names)} classes, but {run} was trained for {config.ways} ways; train with more.")
+        raise ValueError(
+            f"adapt: support has {len(shown.names)} classes, but {run} was trained for {config.ways} ways; train with more."
+        )
     paths, truths = _queries(Path(query))
     asked = np.stack([read_picture(path, presets.IMAGE_SIZE, 1) for path in paths])
     if ink == "dark" or (ink == "auto" and _border(shown.pixels) > PAPER):
@@ -270,8 +272,9 @@ def data(
     assert splits is not None
     for part, images in zip(splits._fields, splits, strict=True):
         if images is not None:
-            sizes = f"{images.pixels.shape[1]}x{images.pixels.shape[2]}, {images.pixels.nbytes / 2**20:.0f} MiB"
-            print(f"{part:6s}{len(images.names):6d} classes {len(images.pixels):7d} images {sizes}; {', '.join(images.names[:3])}, ...")
+            size = f"{images.pixels.shape[1]}x{images.pixels.shape[2]}, {images.pixels.nbytes / 2**20:.0f} MiB"
+            first = ", ".join(images.names[:3])
+            print(f"{part:6s}{len(images.names):6d} classes {len(images.pixels):7d} images {size}; {first}, ...")
 
 
 def plot(run: Annotated[str, tyro.conf.Positional]) -> list[Path]:

@@ -159,11 +159,18 @@ class Rule(NamedTuple):
     parts: tuple["Rule", ...] = ()
 
 
+def _qualified(function: Any) -> str:
+    return f"{function.__module__}.{getattr(function, '__qualname__', '')}" if callable(function) else ""
+
+
 def _lift(part: Any) -> tuple[Rule, ...]:
     """The rules in one argument of `chain`: none for an identity, several for a chain."""
     if isinstance(part, optax.GradientTransformation):
-        is_identity = getattr(part.update, "__qualname__", "") == optax.identity().update.__qualname__
-        return () if is_identity else (Rule("optax", update=optax.with_extra_args_support(part)),)
+        return (
+            ()
+            if _qualified(part.update) == _qualified(optax.identity().update)
+            else (Rule("optax", update=optax.with_extra_args_support(part)),)
+        )
     if not isinstance(part, Rule):
         raise TypeError(
             f"chain: each part must be a jmeta Rule or an optax transformation, got {part!r} of type "
@@ -182,6 +189,11 @@ def _names(rules: list[Rule]) -> list[str]:
         seen[rule.name] = seen.get(rule.name, 0) + 1
         names.append(rule.name if seen[rule.name] == 1 else f"{rule.name}_{seen[rule.name]}")
     return names
+
+
+def _own(hyper: Any, name: str) -> Any:
+    """A part's entry in the hyper of its chain, `()` where it has none."""
+    return hyper[name] if hyper and name in hyper else ()
 
 
 def _key_for(key: Array | None, name: str) -> Array | None:
@@ -216,12 +228,12 @@ def chain(*parts: Rule | optax.GradientTransformation) -> Rule:
 
     def reset(key, params, support, *, hyper):
         for name, rule in named:
-            params = rule.reset(_key_for(key, name), params, support, hyper=hyper.get(name, ()))
+            params = rule.reset(_key_for(key, name), params, support, hyper=_own(hyper, name))
         return params
 
     def gate(params, *, step, hyper, key):
         for name, rule in named:
-            params = rule.gate(params, step=step, hyper=hyper.get(name, ()), key=_key_for(key, name))
+            params = rule.gate(params, step=step, hyper=_own(hyper, name), key=_key_for(key, name))
         return params
 
     def start(params):
@@ -231,7 +243,7 @@ def chain(*parts: Rule | optax.GradientTransformation) -> Rule:
         phases = phase if phase is not None else (None,) * len(rules)
         new_state = []
         for (name, rule), own_state, own_phase in zip(named, state, phases, strict=True):
-            own = {"step": step, "phase": own_phase, "hyper": (hyper or {}).get(name, ()), "key": _key_for(key, name)}
+            own = {"step": step, "phase": own_phase, "hyper": _own(hyper, name), "key": _key_for(key, name)}
             updates, own_state = rule.update.update(updates, own_state, params, **own, **context)
             new_state.append(own_state)
         return updates, tuple(new_state)
@@ -372,9 +384,7 @@ def inner_loop(
         grads = jax.grad(step_loss)(params)
         if order == 1:
             grads = jax.lax.stop_gradient(grads)
-        updates, state = rule.update.update(
-            grads, state, params, step=step, phase=phase, hyper=theta.hyper, key=key_update
-        )
+        updates, state = rule.update.update(grads, state, params, step=step, phase=phase, hyper=theta.hyper, key=key_update)
         return optax.apply_updates(params, updates), state
 
     def follow(key, theta, support, watch=None):
@@ -383,7 +393,8 @@ def inner_loop(
         carry = (theta.params, state)
 
         def look(carry, step):
-            return None if watch is None else watch(close(theta, *carry, support, step), step)
+            params, state = carry
+            return None if watch is None else watch(close(theta, params, state, support, step), step)
 
         seen = [jax.tree.map(lambda leaf: leaf[None], look(carry, 0))]
         for phase, steps in _runs(rule.phase, data.steps):
@@ -399,7 +410,8 @@ def inner_loop(
             else:
                 carry, views = jax.lax.scan(body, carry, jnp.array(steps))
                 seen.append(views)
-        return close(theta, *carry, support, data.steps), _stack(seen)
+        params, state = carry
+        return close(theta, params, state, support, data.steps), _stack(seen)
 
     return InnerLoop(begin, follow, output)
 

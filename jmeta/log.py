@@ -4,10 +4,9 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
-from collections.abc import Callable
 
 
 class Reporter(NamedTuple):
@@ -25,7 +24,12 @@ class Reporter(NamedTuple):
 
 
 def _describe(row: dict[str, Any]) -> str:
-    known = {"loss": "loss {:.4f}", "accuracy": "accuracy {:.3f}", "valid_score": "validation {:.3f}", "tasks_per_second": "{:.0f} tasks/s"}
+    known = {
+        "loss": "loss {:.4f}",
+        "accuracy": "accuracy {:.3f}",
+        "valid_score": "validation {:.3f}",
+        "tasks_per_second": "{:.0f} tasks/s",
+    }
     return "  ".join(text.format(row[name]) for name, text in known.items() if name in row)
 
 

@@ -1,8 +1,8 @@
 """Presets: a frozen configuration for each row of the results, and how a configuration becomes a learner and its tasks.
 
 References:
-  Finn, Abbeel, Levine, Model-Agnostic Meta-Learning, ICML 2017 (https://arxiv.org/abs/1703.03400), appendix A: ways, shots, inner and
-  outer steps, meta-batches and networks of the `maml-omniglot` and `maml-sinusoid` presets.
+  Finn, Abbeel, Levine, Model-Agnostic Meta-Learning, ICML 2017 (https://arxiv.org/abs/1703.03400), appendix A: ways, shots, inner
+  and outer steps, meta-batches and networks of the `maml-omniglot` and `maml-sinusoid` presets.
 
 Differs from the paper in: inner rates are for a mean loss (see `jmeta.xent`) and were chosen on validation classes; queries a class
 in training, and 15 of them in tests; tests on unrotated classes.
@@ -88,7 +88,15 @@ _GLYPHS = Config()
 _OMNIGLOT = Config(dataset="omniglot", steps=60_000, validate_every=2_000, save_every=1_000)
 _TWENTY = dataclasses.replace(_OMNIGLOT, ways=20, batch=16, inner_steps=5, test_steps=5)
 _SINE = Config(
-    dataset="sinusoid", shots=10, queries=10, test_queries=10, inner_rate=0.01, test_steps=10, steps=70_000, batch=25, validate_every=0
+    dataset="sinusoid",
+    shots=10,
+    queries=10,
+    test_queries=10,
+    inner_rate=0.01,
+    test_steps=10,
+    steps=70_000,
+    batch=25,
+    validate_every=0,
 )
 
 PRESETS: dict[str, Config] = {

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from jmeta import checkpoint, log
 from jmeta.core import MetaLearner, Tasks, Theta, default_chunk
@@ -147,8 +148,8 @@ def meta_step(learner: MetaLearner, sample: Callable, outer: optax.GradientTrans
 
         extra = {"value": info["loss"], "grad": gradient, "value_fn": value_fn, "info": info}
         updates, state = outer.update(gradient, state, _learned(base), **extra)
-        moved = optax.apply_updates(_learned(base), updates)._replace(memory=base.memory)
-        return _Carry(moved, state), {**info, "gradient_norm": optax.tree.norm(gradient)}
+        moved: Any = optax.apply_updates(_learned(base), updates)
+        return _Carry(moved._replace(memory=base.memory), state), {**info, "gradient_norm": optax.tree.norm(gradient)}
 
     return step
 
@@ -211,7 +212,8 @@ def fit(
       state: the outer optimiser's state to start from; a fresh one if None.
       validate: how the best theta is chosen; None returns the last.
       chunk: tasks that are vmapped together, a divisor of batch; chosen by device and network if None.
-      workdir: a new folder for checkpoints, `metrics.jsonl` and TensorBoard. With it, Ctrl-C and SIGTERM save before they end the run.
+      workdir: a new folder for checkpoints, `metrics.jsonl` and TensorBoard; with it, Ctrl-C and SIGTERM save before they end
+        the run.
       resume: go on with the run in workdir, bit for bit as if it had not stopped; a new one begins where there is none.
       config: dataclass or dict to keep beside the checkpoints; a resumed run must have the same but for `steps`.
       labels: names of the classes trained on, to keep likewise.
@@ -229,12 +231,13 @@ def fit(
       KeyboardInterrupt, SystemExit: the run was interrupted, and saved if it has a workdir.
     """
     plan = _Plan(steps, batch, save_every, log_every, validate)
-    theta = learner.init(key) if theta is None else theta
-    chunk = default_chunk(theta.params, batch) if chunk is None else chunk
-    _check(key, learner, tasks, outer, theta, plan, chunk)
-    theta = jax.tree.map(jnp.copy, theta)
-    state = outer.init(_learned(theta)) if state is None else jax.tree.map(jnp.copy, state)
-    start = checkpoint.Snapshot(theta, state, 0, jax.random.key_data(key), theta, -math.inf)
+    _check_kinds(key, learner, tasks, outer)
+    start_theta: Theta = learner.init(key) if theta is None else theta
+    chunk = default_chunk(start_theta.params, batch) if chunk is None else chunk
+    _check(start_theta, plan, chunk)
+    start_theta, best = (jax.tree.map(jnp.copy, start_theta) for _ in range(2))  # the one is donated, the other kept
+    state = outer.init(_learned(start_theta)) if state is None else jax.tree.map(jnp.copy, state)
+    start = checkpoint.Snapshot(start_theta, state, 0, jax.random.key_data(key), best if validate else (), -math.inf)
     dispatch = functools.partial(_dispatch, learner, tasks.sample, outer, batch, chunk)
     if _is_traced(dispatch, key, start, tasks, batch):
         return _fit_traced(dispatch, key, start, tasks, plan, workdir)
@@ -263,8 +266,6 @@ class _Plan(NamedTuple):
 
 def _loop(dispatch, key, tasks, now, plan, report, folder, received) -> Fit:
     """Dispatches until the last step; logs, validates and saves where they are due."""
-    if plan.validate is None:
-        now = now._replace(best=())
     history, pending, since = [], [], time.perf_counter()
     valid_steps, valid_scores, pace = [], [], 1
     with _staging(tasks, key, plan.batch) as block_of:
@@ -295,7 +296,7 @@ def _loop(dispatch, key, tasks, now, plan, report, folder, received) -> Fit:
             if folder is not None and (stop or plan.due(now.step, plan.save_every)):
                 checkpoint.write(folder, now)
             if stop:
-                _leave(received[0], now.step, folder)
+                _leave(received[0], now.step, str(folder))
     rows = jax.tree.map(lambda *parts: np.concatenate(parts), *history) if history else {}
     if plan.validate:
         rows |= {"valid_step": np.array(valid_steps), "valid_score": np.array(valid_scores)}
@@ -314,14 +315,14 @@ def _fit_traced(dispatch, key, start, tasks, plan, workdir) -> Fit:
 def _is_traced(dispatch, key, start, tasks, batch) -> bool:
     """Whether `fit` runs under a transformation: an argument, or something the learner was made from, is a tracer."""
     arguments = (key, start.theta, start.state)
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments)):
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(arguments)):
         return True
     with _staging(tasks, key, batch) as block_of:
         data, block, _ = block_of(0)
     size = DISPATCH if block is None else STAGED_DISPATCH
     call = functools.partial(dispatch, size)
     program = jax.make_jaxpr(call)(key, _Carry(start.theta, start.state), data, 0, 1, block)
-    return any(isinstance(constant, jax.core.Tracer) for constant in program.consts)
+    return any(isinstance(constant, Tracer) for constant in program.consts)
 
 
 @contextlib.contextmanager
@@ -331,7 +332,8 @@ def _staging(tasks: Tasks, key: jax.Array, batch: int) -> Iterator[Callable]:
     Data on the device is one endless block. Images on the host come in blocks of 10 meta-steps, the next of which a thread fetches
     while the device works on the present one.
     """
-    if tasks.stage is None:
+    stage = tasks.stage
+    if stage is None:
         yield lambda step: (tasks.data, None, math.inf)
         return
 
@@ -344,7 +346,7 @@ def _staging(tasks: Tasks, key: jax.Array, batch: int) -> Iterator[Callable]:
 
     def fetch(block):
         keys = keys_of(block + jnp.arange(STAGED_DISPATCH)).reshape(-1)
-        images = tasks.stage(keys)
+        images = stage(keys)
         return jax.tree.map(lambda leaf: jnp.asarray(leaf.reshape(STAGED_DISPATCH, batch, *leaf.shape[1:])), images)
 
     with ThreadPoolExecutor(1) as pool:
@@ -384,7 +386,7 @@ def _signals(enabled: bool) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _leave(number: int, step: int, folder: Path) -> None:
+def _leave(number: int, step: int, folder: str) -> None:
     message = f"Stopped at step {step}; saved in {folder}. To go on, call again with resume=True (jmeta train --resume {folder})."
     if number == signal.SIGINT:
         raise KeyboardInterrupt(message)
@@ -392,19 +394,24 @@ def _leave(number: int, step: int, folder: Path) -> None:
     raise SystemExit(128 + number)
 
 
-def _check(key, learner, tasks, outer, theta, plan: _Plan, chunk: int) -> None:
+def _check_kinds(key: Any, learner: Any, tasks: Any, outer: Any) -> None:
+    if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        raise TypeError(f"fit: key must be a typed key as jax.random.key(0) makes it, got {type(key).__name__}.")
+    for name, value, kind in (("learner", learner, MetaLearner), ("tasks", tasks, Tasks)):
+        if not isinstance(value, kind):
+            raise TypeError(f"fit: {name} must be a jmeta.{kind.__name__}, got {type(value).__name__}.")
+    if not isinstance(outer, optax.GradientTransformation):
+        raise TypeError(f"fit: outer must be an optax optimiser such as optax.adam(1e-3), got {outer!r}.")
+
+
+def _check(theta: Any, plan: _Plan, chunk: int) -> None:
+    if not isinstance(theta, Theta):
+        raise TypeError(f"fit: theta must be a jmeta.Theta, got {type(theta).__name__}. Usual cause: its params alone.")
     for name in ("batch", "save_every", "log_every"):
         if getattr(plan, name) < 1:
             raise ValueError(f"fit: {name} must be at least 1, got {getattr(plan, name)}.")
     if plan.steps < 0:
         raise ValueError(f"fit: steps must be at least 0, got {plan.steps}.")
-    if not jnp.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key):
-        raise TypeError(f"fit: key must be a typed key as jax.random.key(0) makes it, got {type(key).__name__}.")
-    for name, value, kind in (("learner", learner, MetaLearner), ("tasks", tasks, Tasks), ("theta", theta, Theta)):
-        if not isinstance(value, kind):
-            raise TypeError(f"fit: {name} must be a jmeta.{kind.__name__}, got {type(value).__name__}.")
-    if not isinstance(outer, optax.GradientTransformation):
-        raise TypeError(f"fit: outer must be an optax optimiser such as optax.adam(1e-3), got {outer!r}.")
     if chunk < 1 or plan.batch % chunk:
         raise ValueError(f"fit: batch must be divisible by chunk, got batch {plan.batch} and chunk {chunk}.")
     if plan.validate is not None and plan.validate.every < 1:
@@ -418,10 +425,11 @@ def _check_finite(rows: dict[str, np.ndarray], first: int, folder: Path | None) 
     saved = "nothing is saved, since there is no workdir"
     if folder is not None:
         step = checkpoint.latest(folder)
-        saved = f"no checkpoint was due before in {folder}" if step is None else f"the last good checkpoint is step {step} in {folder}"
+        saved = f"the last good checkpoint is step {step}" if step is not None else "no checkpoint was due before"
+        saved += f" in {folder}"
     raise FloatingPointError(
-        f"fit: the loss or its gradient is not finite at step {first + int(finite.argmin()) + 1}; {saved}. Usual causes: an inner or "
-        "outer rate that is too high, an inner Adam without eps_root, inputs that are not scaled to about 1."
+        f"fit: the loss or its gradient is not finite at step {first + int(finite.argmin()) + 1}; {saved}. Usual causes: an "
+        "inner or outer rate that is too high, an inner Adam without eps_root, inputs that are not scaled to about 1."
     )
 
 

@@ -1,6 +1,7 @@
 """MAML: learn parameters from which a few gradient steps solve a task; ANIL, BOIL and Meta-SGD by their rules.
 
-    phi = theta - alpha * grad L_support(theta)  (steps times),    theta <- theta - beta * mean over tasks of grad_theta L_query(phi)
+    phi = theta - alpha * grad L_support(theta)    (steps times)
+    theta <- theta - beta * mean over tasks of grad_theta L_query(phi)
 
 References:
   Finn, Abbeel, Levine, Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks, ICML 2017
@@ -19,6 +20,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from jmeta.core import (
     Data,
@@ -140,7 +142,7 @@ def _check_differentiable(rule: Rule, model: Model) -> None:
 
     with jax.ensure_compile_time_eval():
         finite = jax.jit(slope)(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes))
-    if not isinstance(finite, jax.core.Tracer) and not finite:
+    if not isinstance(finite, Tracer) and not finite:
         raise ValueError(
             "maml: order is 2 and the rule's update has no finite derivative at a zero gradient, so meta-gradients would be NaN. "
             "Usual cause: an inner Adam or RMSProp without eps_root, as in optax.adam(1e-3); give it one, "

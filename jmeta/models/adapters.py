@@ -1,10 +1,11 @@
 """A user's own Flax network as a `Model`."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
+from flax import errors
 
 from jmeta.core import Model, memoise
 
@@ -28,7 +29,8 @@ def linen_model(module: nn.Module, example: jax.Array, layers: tuple[str, ...], 
         return module.init(key, example)["params"]
 
     def apply(params, x, stats=None):
-        return module.apply({"params": params} if stats is None else {"params": params, "stats": stats}, x)
+        variables = {"params": params} if stats is None else {"params": params, "stats": stats}
+        return cast(jax.Array, module.apply(variables, x))
 
     def stats(params, x):
         return module.apply({"params": params}, x, mutable=["stats"])[1]["stats"]
@@ -58,14 +60,14 @@ def from_linen(module: nn.Module, example: jax.ShapeDtypeStruct | Any) -> Model:
     name = type(module).__name__
     try:
         shapes = jax.eval_shape(module.init, jax.random.key(0), example)
-    except nn.errors.FlaxError as error:
+    except errors.FlaxError as error:
         raise ValueError(f"from_linen: {name} cannot be initialised with parameters alone ({error}). {_ADVICE}") from error
     extra = sorted(set(shapes) - {"params"})
     if extra:
         raise ValueError(f"from_linen: {name} has mutable collections {extra} besides its parameters. {_ADVICE}")
     try:
         jax.eval_shape(module.apply, shapes, example)
-    except nn.errors.InvalidRngError as error:
+    except errors.InvalidRngError as error:
         raise ValueError(f"from_linen: {name} draws random numbers when it is applied. {_ADVICE}") from error
     return linen_model(module, example, tuple(shapes["params"]))
 

@@ -9,7 +9,6 @@ scale and bias are adapted with the rest and epsilon is 1e-5. ResNet-12 has no D
 """
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from jmeta.core import Model, memoise

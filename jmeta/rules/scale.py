@@ -7,7 +7,7 @@ References:
   Antoniou, Edwards, Storkey, How to train your MAML, ICLR 2019 (https://arxiv.org/abs/1810.09502): rates per layer and step.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -78,11 +78,13 @@ def learned_rates(
             return {name: jnp.full(lead, rate, jax.tree.leaves(layer)[0].dtype) for name, layer in params.items()}
         return jax.tree.map(lambda p: jnp.full(lead + (p.shape if per == "parameter" else ()), rate, p.dtype), params)
 
-    def update(grads, state, params=None, *, hyper, step=0, **_):
+    def update(updates: Any, state: Any, params: Any = None, **context: Any):
+        hyper, step = context["hyper"], context.get("step", 0)
+
         def scale(rates, part):
             now = rates if steps is None else rates[jnp.minimum(step, steps - 1)]
             return jax.tree.map(lambda g: -now * g, part)
 
-        return jax.tree.map(scale, hyper, grads), state
+        return jax.tree.map(scale, hyper, updates), state
 
     return Rule("learned_rates", init, update=optax.GradientTransformationExtraArgs(optax.init_empty_state, update))

@@ -132,9 +132,7 @@ def open_npz(path: str | os.PathLike) -> Any:
     if not Path(path).is_file():
         raise FileNotFoundError(f"path: no file at {path} (usual cause: a path relative to another folder)")
     if not zipfile.is_zipfile(path):
-        raise ValueError(
-            f"{path}: not a whole .npz file (usual causes: an interrupted copy, or a single array in .npy)"
-        )
+        raise ValueError(f"{path}: not a whole .npz file (usual causes: an interrupted copy, or a single array in .npy)")
     try:
         return np.load(path, allow_pickle=False)
     except DAMAGE as error:
@@ -175,9 +173,7 @@ def _fetch(url: str, part: Path, size: int | None) -> None:
     have = part.stat().st_size if part.exists() else 0
     if size is not None and have == size:
         return
-    request = urllib.request.Request(
-        url, headers={"User-Agent": "jmeta"} | ({"Range": f"bytes={have}-"} if have else {})
-    )
+    request = urllib.request.Request(url, headers={"User-Agent": "jmeta"} | ({"Range": f"bytes={have}-"} if have else {}))
     try:
         response = urllib.request.urlopen(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
@@ -211,12 +207,8 @@ def _fault(path: Path, suffix: str, size: int | None, sha256: str | None) -> str
     """What is wrong with a downloaded file that is to have this suffix, or None."""
     with path.open("rb") as file:
         head = file.read(512).lstrip(b"\xef\xbb\xbf \t\r\n")
-        if suffix.lower() not in (".html", ".htm") and head[:15].lower().startswith(
-            (b"<!doctype html", b"<html", b"<head")
-        ):
-            return (
-                "the server sent a web page, not the file (usual causes: it has moved, or asks for a login or consent)"
-            )
+        if suffix.lower() not in (".html", ".htm") and head[:15].lower().startswith((b"<!doctype html", b"<html", b"<head")):
+            return "the server sent a web page, not the file (usual causes: it has moved, or asks for a login or consent)"
         if suffix.lower() == ".zip" and head[:2] != b"PK":
             return f"not a zip archive: it starts with {head[:8]!r}"
         length = path.stat().st_size

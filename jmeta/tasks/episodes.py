@@ -15,9 +15,7 @@ from jmeta.tasks.images import Images
 DEVICE_BUDGET = 2 * 1024**3
 
 
-def episodes(
-    images: Images, ways: int, shots: int, queries: int = 15, *, device_budget: int = DEVICE_BUDGET
-) -> Tasks:
+def episodes(images: Images, ways: int, shots: int, queries: int = 15, *, device_budget: int = DEVICE_BUDGET) -> Tasks:
     """Episodes sampled from an image set, inside the compiled step.
 
     Args:

@@ -75,9 +75,7 @@ def from_arrays(images: Any, labels: Any, names: Sequence[str] | None = None) ->
     if labels.dtype.kind == "O" and all(isinstance(label, str) for label in labels):
         labels = labels.astype(str)
     if labels.dtype.kind not in "iuU":
-        raise TypeError(
-            f"labels: got dtype {labels.dtype}, expected integers or strings (usual cause: labels read as floats)"
-        )
+        raise TypeError(f"labels: got dtype {labels.dtype}, expected integers or strings (usual cause: labels read as floats)")
     values, ids = np.unique(labels, return_inverse=True)
     called = _names(values, names)
     pixels = _bytes(pixels)
@@ -104,9 +102,7 @@ def from_npz(path: str | os.PathLike, images: str = "images", labels: str | None
         found = next((key for key in wanted if key in file), None)
         if images not in file or found is None:
             missing = f"images: {images!r}" if images not in file else f"labels: {', '.join(wanted)}"
-            raise ValueError(
-                f"{path}: no {missing}; it holds {', '.join(sorted(file))}. Name them by images= and labels="
-            )
+            raise ValueError(f"{path}: no {missing}; it holds {', '.join(sorted(file))}. Name them by images= and labels=")
         named = [key for key in NAME_KEYS if key in file][:1]
         pixels, ids, *names = read_keys(file, path, (images, found, *named))
     return from_arrays(pixels, ids, names[0].tolist() if names and ids.dtype.kind in "iu" else None)
@@ -185,9 +181,7 @@ def read_picture(path: str | os.PathLike | IO[bytes], size: int | None, channels
     return pixels[..., None] if channels == 1 else pixels
 
 
-def from_tfds(
-    name: str, split: str = "train", data_dir: str | os.PathLike | None = None, size: int | None = None
-) -> Images:
+def from_tfds(name: str, split: str = "train", data_dir: str | os.PathLike | None = None, size: int | None = None) -> Images:
     """Reads any tensorflow-datasets data set with features `image` and `label`, without TensorFlow.
 
     Args:
@@ -322,8 +316,7 @@ def _bytes(pixels: np.ndarray) -> np.ndarray:
         return pixels
     if pixels.dtype.kind != "f":
         raise TypeError(
-            f"images: got dtype {pixels.dtype}, expected uint8 or float in [0, 1]; for integers in 0..255 use "
-            ".astype('uint8')"
+            f"images: got dtype {pixels.dtype}, expected uint8 or float in [0, 1]; for integers in 0..255 use .astype('uint8')"
         )
     low, high = pixels.min(), pixels.max()
     if not (low >= 0 and high <= 1):
@@ -366,8 +359,7 @@ def _class_files(path: Path) -> dict[str, list[Path]]:
     folders = sorted((p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")), key=_natural)
     if not folders:
         raise ValueError(
-            f"path: {path} holds no class folders, expected CLASS/picture.png in it (usual cause: the pictures "
-            "lie directly in it)"
+            f"path: {path} holds no class folders, expected CLASS/picture.png in it (usual cause: the pictures lie directly in it)"
         )
     files = {folder.name: sorted((p for p in folder.iterdir() if is_picture(p)), key=_natural) for folder in folders}
     for name, pictures in files.items():

@@ -1,6 +1,7 @@
 """MAML in float64 against PyTorch's numbers, which `tests/references/make_torch.py` wrote."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,10 @@ def tree(arrays, prefix):
     return unflatten_dict(flat, sep="/")
 
 
+def flat(params) -> dict[str, Any]:
+    return dict(flatten_dict(params, sep="/"))
+
+
 def task_of(arrays):
     def batch(part):
         x, y = arrays[f"{part}_x"], arrays[f"{part}_y"]
@@ -48,8 +53,8 @@ def setup(name, steps, order):
 
 
 def assert_close(ours, theirs):
-    # The bias of a convolution before batch-norm has a gradient of exactly 0, of which both sides make 1e-17: hence atol.
-    ours, theirs = flatten_dict(ours, sep="/"), flatten_dict(theirs, sep="/")
+    # A convolution's bias in front of a batch-norm has a gradient of 0, of which both sides make 1e-17: hence atol.
+    ours, theirs = flat(ours), flat(theirs)
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
         assert ours[name].dtype == jnp.float64
@@ -77,5 +82,5 @@ def test_adapted_parameters_are_pytorchs(name, steps):
 @pytest.mark.parametrize("name", SETUPS)
 def test_the_orders_differ_in_the_reference(name):
     arrays = load(name)
-    first, second = (flatten_dict(tree(arrays, f"steps3/order{order}/"), sep="/") for order in (1, 2))
+    first, second = (flat(tree(arrays, f"steps3/order{order}/")) for order in (1, 2))
     assert not np.allclose(first["head/kernel"], second["head/kernel"], rtol=1e-2)

@@ -5,10 +5,13 @@ Run from the root of the repository with torch and numpy alone: `python -m tests
 Each file holds one task and what PyTorch makes of it, under the names
 
     rate, theta/<parameter>, support_x, support_y, query_x, query_y,
-    steps<n>/loss, steps<n>/phi/<parameter>, steps<n>/order<k>/<parameter>      the meta-gradient, for n in 1, 3 and k in 1, 2
+    steps<n>/loss, steps<n>/phi/<parameter>, steps<n>/order<k>/<parameter>
+
+where the last is the meta-gradient, n is 1 or 3 and k is 1 or 2.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
@@ -84,7 +87,7 @@ def results(loss: Loss, theta: Params, task: Episodes, rate: float, steps: int) 
 def write(name: str, loss: Loss, weights: Arrays, task: Arrays, episodes: Episodes, rate: float) -> None:
     """Writes `maml_<name>.npz` beside this file: what went in and what came out."""
     theta = to_params(weights)
-    arrays = {"rate": np.array(rate), **task, **{f"theta/{key}": a for key, a in weights.items()}}
+    arrays: dict[str, Any] = {"rate": np.array(rate), **task, **{f"theta/{key}": a for key, a in weights.items()}}
     for steps in (1, 3):
         arrays |= results(loss, theta, episodes, rate, steps)
     np.savez_compressed(Path(__file__).with_name(f"maml_{name}.npz"), **arrays)

@@ -98,9 +98,7 @@ def test_damaged_cache_is_drawn_again(drawn, folder, tmp_path, monkeypatch, dama
     else:
         write_npz(path, **{} if damage == "keys" else arrays | changed[damage])
     calls = []
-    monkeypatch.setattr(
-        module, "_build", lambda *args: calls.append(args) or [arrays[k] for k in ("pixels", "names", "parts")]
-    )
+    monkeypatch.setattr(module, "_build", lambda *args: calls.append(args) or [arrays[k] for k in ("pixels", "names", "parts")])
     with pytest.warns(UserWarning, match="cached glyphs are damaged"):
         again = glyphs(cache=tmp_path)
     np.testing.assert_array_equal(again.test.pixels, drawn.test.pixels)

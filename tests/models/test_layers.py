@@ -1,0 +1,84 @@
+"""Convolution as patches, pooling and normalisation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import jmeta as jm
+from jmeta.models.layers import max_pool, task_conv
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID", ((1, 2), (0, 1))])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_task_conv_is_the_convolution(key, padding, stride):
+    x = jax.random.normal(key, (2, 9, 7, 3))
+    kernel = jax.random.normal(key, (3, 2, 3, 4))
+    dimensions = ("NHWC", "HWIO", "NHWC")
+    expected = lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=dimensions)
+    np.testing.assert_allclose(task_conv(x, kernel, (stride, stride), padding), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_task_conv_refuses_what_it_cannot_do(key):
+    x, kernel = jnp.zeros((1, 8, 8, 2)), jnp.zeros((3, 3, 2, 4))
+    with pytest.raises(NotImplementedError, match="dilation"):
+        task_conv(x, kernel, (1, 1), "SAME", rhs_dilation=(2, 2))
+
+
+def test_no_network_keeps_a_grouped_convolution(key):
+    model = jm.conv4(3, filters=4)
+    params = jax.vmap(model.init)(jax.random.split(key, 2))
+    program = str(jax.make_jaxpr(jax.vmap(model.apply))(params, jnp.zeros((2, 3, 28, 28, 1))))
+    assert "conv_general_dilated" not in program and "dot_general" in program
+
+
+def test_max_pool_drops_what_is_left_over(key):
+    x = jax.random.normal(key, (2, 7, 6, 3))
+    expected = lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+    np.testing.assert_array_equal(max_pool(x), expected)
+
+
+@pytest.mark.parametrize("norm", ["batch", "support", "group", "layer", "instance", "none"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda norm: jm.conv4(5, filters=8, norm=norm),
+        lambda norm: jm.conv4(5, filters=8, pool=True, norm=norm),
+        lambda norm: jm.resnet12(5, widths=(4, 8), shape=(28, 28, 1), norm=norm),
+    ],
+    ids=["conv4", "conv4 pooled", "resnet12"],
+)
+def test_networks_have_their_layers_in_order(key, make, norm):
+    model = make(norm)
+    params = jax.jit(model.init)(key)
+    assert set(params) == set(model.layers) and model.layers[-1] == "head"
+    y = jax.jit(model.apply)(params, jax.random.normal(key, (6, 28, 28, 1)))
+    assert y.shape == (6, 5) and bool(jnp.isfinite(y).all())
+    assert (model.stats is not None) == (norm == "support")
+    assert ("norm" in params["block1"]) == (norm != "none") or "conv1" in params["block1"]
+
+
+def test_batch_norm_has_mean_0_and_variance_1(key):
+    model = jm.mlp(4, hidden=(4,), shape=(4,), norm="batch")
+    params = model.init(key)
+    identity = {"kernel": jnp.eye(4), "bias": jnp.zeros(4)}
+    params = {"layer1": {**params["layer1"], "dense": identity}, "head": identity}
+    x = 3 + 2 * jax.random.normal(key, (50, 4))
+    expected = np.maximum((x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5), 0)
+    np.testing.assert_allclose(model.apply(params, x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: jm.conv4(0), "ways must be at least 1"),
+        (lambda: jm.conv4(5, norm="bach"), "norm must be one of"),
+        (lambda: jm.conv4(5, shape=(28, 28)), "shape must be"),
+        (lambda: jm.conv4(5, pool=True, shape=(12, 12, 1)), "pooled away"),
+        (lambda: jm.mlp(1, hidden=(4, 0)), r"hidden\[1\] must be at least 1"),
+    ],
+)
+def test_bad_arguments_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

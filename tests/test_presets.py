@@ -1,0 +1,46 @@
+"""Presets and what is made of them."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+
+from jmeta import presets
+from jmeta.presets import PRESETS, Config
+
+
+def test_an_unknown_preset_is_answered_with_the_nearest():
+    with pytest.raises(ValueError, match="nearest is 'maml-omniglot-5w1s'"):
+        presets.preset("mml-omniglot-5w1")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_makes_a_learner_and_survives_json(name):
+    config = presets.preset(name)
+    theta = jax.eval_shape(presets.make_learner(config).init, jax.random.key(0))
+    head = theta.params["head"]["bias"].shape
+    assert head == ((1,) if config.dataset == "sinusoid" else (config.ways,))
+    assert presets.from_dict(json.loads(json.dumps(dataclasses.asdict(config))), "here") == config
+
+
+def test_methods_differ_where_they_should(key):
+    def learner(method):
+        return presets.make_learner(Config(method=method, filters=4))
+
+    assert learner("meta-sgd").init(key).hyper
+    assert learner("maml") is not learner("anil")
+    with pytest.raises(ValueError, match="learner="):
+        presets.from_dict({"rate": 1}, "here")
+
+
+def test_omniglot_presets_draw_from_the_real_data(omniglot_npz):
+    config = dataclasses.replace(presets.preset("maml-omniglot-20w1s"), source=str(omniglot_npz))
+    problem = presets.make_problem(config)
+    assert len(problem.labels) == 4400 and problem.valid is not None
+    task = problem.test.sample(jax.random.key(0), problem.test.data)
+    assert task.support.x.shape == (20, 28, 28, 1) and task.query.x.shape == (300, 28, 28, 1)
+    ink = float((task.query.x > 0.5).mean())
+    assert 0.01 < ink < 0.2
+    with pytest.raises(ValueError, match="ways is 424"):
+        presets.make_problem(dataclasses.replace(config, ways=424))
