@@ -45,8 +45,12 @@ def versions() -> dict[str, str]:
     found = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}
     device = jax.devices()[0]
     kind = platform.processor() or platform.machine() if device.platform == "cpu" else device.device_kind
-    cpus = os.cpu_count() if device.platform == "cpu" else jax.device_count()
+    cpus = _usable_cores() if device.platform == "cpu" else jax.device_count()
     return {"python": platform.python_version(), **found, "device": f"{device.platform} {kind} x{cpus}"}
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def write_json(path: Path, value: Any) -> None:

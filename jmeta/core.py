@@ -12,7 +12,7 @@ References:
 import functools
 import itertools
 import zlib
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
@@ -146,7 +146,7 @@ class Rule(NamedTuple):
       update: an optax transformation for every backward pass; it may take `step`, `phase`, `hyper` and `key` by keyword.
       phase: `(step: int) -> Hashable`, what is static about a step: steps of equal phase can share one scanned program.
       meta: `(gradient, theta, phi) -> gradient`, on a task's meta-gradient before it is averaged over tasks.
-      parts: the rules that a chain was made of; empty otherwise.
+      parts: the rules that a chain was made of; None in a rule that is no chain.
     """
 
     name: str
@@ -156,7 +156,7 @@ class Rule(NamedTuple):
     update: optax.GradientTransformationExtraArgs = _NO_UPDATE
     phase: Callable[[int], Hashable] = _no_phase
     meta: Callable[[Any, Any, Any], Any] = _no_meta
-    parts: tuple["Rule", ...] = ()
+    parts: tuple["Rule", ...] | None = None
 
 
 def _qualified(function: Any) -> str:
@@ -176,7 +176,7 @@ def _lift(part: Any) -> tuple[Rule, ...]:
             f"chain: each part must be a jmeta Rule or an optax transformation, got {part!r} of type "
             f"{type(part).__name__}. Usual cause: a constructor that was not called, as in optax.sgd instead of optax.sgd(0.1)."
         )
-    if part.parts:
+    if part.parts is not None:
         return part.parts
     return () if part == Rule(part.name) else (part,)
 
@@ -216,7 +216,8 @@ def chain(*parts: Rule | optax.GradientTransformation) -> Rule:
       TypeError: a part is neither.
 
     >>> import optax
-    >>> [part.name for part in chain(chain(optax.clip(1.0), optax.identity()), optax.sgd(0.1)).parts]
+    >>> rule = chain(chain(optax.clip(1.0), optax.identity()), optax.sgd(0.1))
+    >>> [part.name for part in rule.parts or ()]
     ['optax', 'optax']
     """
     rules = [rule for part in parts for rule in _lift(part)]
@@ -316,16 +317,6 @@ def evaluate_loss(loss: Callable[..., Array], outputs: Array, batch: Batch) -> A
     return loss(outputs, batch.y) if batch.mask is None else loss(outputs, batch.y, batch.mask)
 
 
-def _runs(phase: Callable[[int], Hashable], steps: int) -> Iterator[tuple[Hashable, list[int]]]:
-    """Runs of consecutive steps that have the same phase."""
-    for value, group in itertools.groupby(range(steps), key=phase):
-        yield value, list(group)
-
-
-def _stack(runs: list[Any]) -> Any:
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *runs)
-
-
 def inner_loop(
     model: Model,
     loss: Callable[..., Array],
@@ -372,48 +363,61 @@ def inner_loop(
             memory["stats"] = model.stats(gated, support.x)
         return theta._replace(params=params, memory=memory or ())
 
-    def one_step(keys, theta, support, carry, step, phase):
-        params, state = carry
-        key_data, key_rule = (jax.random.fold_in(key, step) for key in keys)
-        key_gate, key_update = jax.random.split(key_rule)
-        batch = data.at(key_data, support, step, lambda x: forward(params, theta.hyper, x, step, key_gate))
-
-        def step_loss(params):
-            return evaluate_loss(loss, forward(params, theta.hyper, batch.x, step, key_gate), batch)
-
-        grads = jax.grad(step_loss)(params)
-        if order == 1:
-            grads = jax.lax.stop_gradient(grads)
-        updates, state = rule.update.update(grads, state, params, step=step, phase=phase, hyper=theta.hyper, key=key_update)
-        return optax.apply_updates(params, updates), state
+    step_of = _inner_step(forward, loss, rule, data, order)
 
     def follow(key, theta, support, watch=None):
-        keys = jax.random.split(key)
         state = jax.lax.stop_gradient(theta.memory["state"]) if carry_state else rule.update.init(theta.params)
-        carry = (theta.params, state)
+        advance = functools.partial(step_of, jax.random.split(key), theta.hyper, support)
 
         def look(carry, step):
             params, state = carry
             return None if watch is None else watch(close(theta, params, state, support, step), step)
 
-        seen = [jax.tree.map(lambda leaf: leaf[None], look(carry, 0))]
-        for phase, steps in _runs(rule.phase, data.steps):
-
-            def body(carry, step, phase=phase):
-                carry = one_step(keys, theta, support, carry, step, phase)
-                return carry, look(carry, step + 1)
-
-            if unroll or (unroll is None and len(steps) <= LONGEST_UNROLL):
-                for step in steps:
-                    carry, view = body(carry, step)
-                    seen.append(jax.tree.map(lambda leaf: leaf[None], view))
-            else:
-                carry, views = jax.lax.scan(body, carry, jnp.array(steps))
-                seen.append(views)
-        params, state = carry
-        return close(theta, params, state, support, data.steps), _stack(seen)
+        (params, state), seen = _walk(advance, look, (theta.params, state), rule.phase, data.steps, unroll)
+        return close(theta, params, state, support, data.steps), seen
 
     return InnerLoop(begin, follow, output)
+
+
+def _inner_step(forward: Callable, loss: Callable, rule: Rule, data: Data, order: int) -> Callable:
+    """One inner step, `(keys, hyper, support, carry, step, phase) -> carry` with carry `(params, optimiser state)`."""
+
+    def step_of(keys, hyper, support, carry, step, phase):
+        params, state = carry
+        key_data, key_rule = (jax.random.fold_in(key, step) for key in keys)
+        key_gate, key_update = jax.random.split(key_rule)
+        batch = data.at(key_data, support, step, lambda x: forward(params, hyper, x, step, key_gate))
+
+        def step_loss(params):
+            return evaluate_loss(loss, forward(params, hyper, batch.x, step, key_gate), batch)
+
+        grads = jax.grad(step_loss)(params)
+        if order == 1:
+            grads = jax.lax.stop_gradient(grads)
+        updates, state = rule.update.update(grads, state, params, step=step, phase=phase, hyper=hyper, key=key_update)
+        return optax.apply_updates(params, updates), state
+
+    return step_of
+
+
+def _walk(advance: Callable, look: Callable, carry: Any, phase: Callable, steps: int, unroll: bool | None) -> tuple[Any, Any]:
+    """Takes all steps, run by run of equal phase, unrolled or scanned; stacks what `look` sees before and after each."""
+    seen = [jax.tree.map(lambda leaf: leaf[None], look(carry, 0))]
+    for value, run in itertools.groupby(range(steps), key=phase):
+        numbers = list(run)
+
+        def body(carry, step, value=value):
+            carry = advance(carry, step, value)
+            return carry, look(carry, step + 1)
+
+        if unroll or (unroll is None and len(numbers) <= LONGEST_UNROLL):
+            for step in numbers:
+                carry, view = body(carry, step)
+                seen.append(jax.tree.map(lambda leaf: leaf[None], view))
+        else:
+            carry, views = jax.lax.scan(body, carry, jnp.array(numbers))
+            seen.append(views)
+    return carry, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *seen)
 
 
 def default_chunk(params: Params, batch: int) -> int:

@@ -18,7 +18,7 @@ import jax
 import optax
 
 from jmeta import losses
-from jmeta.core import MetaLearner, Model, Tasks
+from jmeta.core import MetaLearner, Model, Tasks, memoise
 from jmeta.learners.maml import anil, boil, maml, meta_sgd
 from jmeta.models.backbones import conv4, mlp
 from jmeta.models.layers import Norm
@@ -127,6 +127,7 @@ def preset(name: str) -> Config:
     raise ValueError(f"preset: {name!r} is not known; the nearest is {near!r}. `jmeta presets` lists all.")
 
 
+@memoise
 def make_model(config: Config) -> Model:
     """The network of a configuration: an MLP of 40-40 for sine waves, conv4 for images."""
     if config.dataset == "sinusoid":
@@ -134,6 +135,7 @@ def make_model(config: Config) -> Model:
     return conv4(config.ways, filters=config.filters, shape=(IMAGE_SIZE, IMAGE_SIZE, 1), norm=config.norm)
 
 
+@memoise
 def make_learner(config: Config, steps: int | None = None) -> MetaLearner:
     """The learner of a configuration, with other inner steps if given."""
     model, data = make_model(config), repeat(config.inner_steps if steps is None else steps)

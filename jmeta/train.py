@@ -143,7 +143,7 @@ def meta_step(learner: MetaLearner, sample: Callable, outer: optax.GradientTrans
         theta, state = carry
         base, gradient, info = gradient_of(key, theta, data, number, staged)
 
-        def value_fn(moved):
+        def value_fn(moved, info=None):  # optax hands `info` on to it, by name
             return gradient_of(key, moved._replace(memory=theta.memory), data, number, staged)[2]["loss"]
 
         extra = {"value": info["loss"], "grad": gradient, "value_fn": value_fn, "info": info}
@@ -154,8 +154,7 @@ def meta_step(learner: MetaLearner, sample: Callable, outer: optax.GradientTrans
     return step
 
 
-@functools.partial(jax.jit, static_argnums=range(6), donate_argnums=7)
-def _dispatch(learner, sample, outer, batch, chunk, size, key, carry, data, first, count, block):
+def _run(learner, sample, outer, batch, chunk, size, key, carry, data, first, count, block):
     """`count` meta-steps from step `first`; `block` is the step of `data[0]` where data is staged, else None."""
     step = meta_step(learner, sample, outer, batch, chunk)
 
@@ -175,6 +174,9 @@ def _dispatch(learner, sample, outer, batch, chunk, size, key, carry, data, firs
         return carry, jax.tree.map(lambda row, value: row.at[offset].set(value), rows, info)
 
     return jax.lax.fori_loop(0, count, body, (carry, rows))
+
+
+_dispatch = jax.jit(_run, static_argnums=range(6), donate_argnums=7)
 
 
 def fit(
@@ -238,9 +240,10 @@ def fit(
     start_theta, best = (jax.tree.map(jnp.copy, start_theta) for _ in range(2))  # the one is donated, the other kept
     state = outer.init(_learned(start_theta)) if state is None else jax.tree.map(jnp.copy, state)
     start = checkpoint.Snapshot(start_theta, state, 0, jax.random.key_data(key), best if validate else (), -math.inf)
-    dispatch = functools.partial(_dispatch, learner, tasks.sample, outer, batch, chunk)
+    program = learner, tasks.sample, outer, batch, chunk
+    dispatch = functools.partial(_dispatch, *program)
     if _is_traced(dispatch, key, start, tasks, batch):
-        return _fit_traced(dispatch, key, start, tasks, plan, workdir)
+        return _fit_traced(program, key, start, tasks, plan, workdir)
     folder = None if workdir is None else checkpoint.open_run(workdir, resume, config, labels)
     if folder is not None and checkpoint.latest(folder) is not None:
         start = _same_key(checkpoint.read(folder, start), key, folder)
@@ -303,12 +306,11 @@ def _loop(dispatch, key, tasks, now, plan, report, folder, received) -> Fit:
     return Fit(now.best if plan.validate else now.theta, now.theta, now.state, rows)
 
 
-def _fit_traced(dispatch, key, start, tasks, plan, workdir) -> Fit:
-    """All steps in one dispatch, for `vmap` over whole runs."""
+def _fit_traced(program, key, start, tasks, plan, workdir) -> Fit:
+    """All steps in one dispatch, for `vmap` over whole runs, where nothing is donated."""
     if workdir is not None or plan.validate is not None or tasks.stage is not None:
         raise ValueError("fit: under vmap or jit there can be neither workdir nor validate nor host-resident images.")
-    size = max(plan.steps, 1)
-    carry, rows = dispatch(size, key, _Carry(start.theta, start.state), tasks.data, 0, plan.steps, None)
+    carry, rows = _run(*program, plan.steps, key, _Carry(start.theta, start.state), tasks.data, 0, plan.steps, None)
     return Fit(carry.theta, carry.theta, carry.state, rows)
 
 

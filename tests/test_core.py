@@ -98,14 +98,13 @@ def _cast(tree, dtype):
     return jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, tree)
 
 
-SPLITS = {"threes": lambda step: step // 3, "uneven": lambda step: step in (1, 7), "each": lambda step: step}
+SPLITS = {"twos": lambda step: step // 2, "uneven": lambda step: step == 1, "each": lambda step: step}
 
 
-@pytest.mark.parametrize("data", [jm.repeat(8), jm.minibatches(8, 4)], ids=["all", "minibatches"])
-@pytest.mark.parametrize("name", ["adam", "learned per layer and step", "noisy", "alternating"])
-def test_scan_equals_unroll_and_any_split_into_phases(key, name, data):
+@pytest.mark.parametrize("data", [jm.repeat(4), jm.minibatches(4, 4)], ids=["all", "minibatches"])
+@pytest.mark.parametrize("rule", [RULES["adam"](), EVERYTHING], ids=["adam", "everything"])
+def test_scan_equals_unroll_and_any_split_into_phases(key, rule, data):
     with jax.enable_x64(True):
-        rule = RULES[name]()
         unrolled = _gradients(key, rule, data=data, unroll=True, dtype=jnp.float64)
         for split in (None, *SPLITS.values()):
             parts = (rule,) if split is None else (jm.Rule("split", phase=split), rule)
@@ -123,14 +122,10 @@ def test_long_runs_are_scanned_and_short_ones_unrolled(key):
     assert "scan[" in program(11)
 
 
-def _same(key, one, other):
-    chex.assert_trees_all_equal(_gradients(key, one), _gradients(key, other))
-
-
 def test_chain_is_associative_and_neutral(key):
     parts = [toys.noisy(), jm.learned_rates(0.1), toys.shrinking(), toys.noisy(), optax.clip(0.5)]
     flat = jm.chain(*parts)
-    names = [part.name for part in flat.parts]
+    names, expected = [part.name for part in flat.parts], _gradients(key, flat)
     for nested in (
         jm.chain(jm.chain(*parts[:2]), jm.chain(*parts[2:])),
         jm.chain(parts[0], jm.chain(parts[1], jm.chain(*parts[2:]))),
@@ -138,9 +133,9 @@ def test_chain_is_associative_and_neutral(key):
         jm.chain(flat),
     ):
         assert [part.name for part in nested.parts] == names
-        _same(key, flat, nested)
+        chex.assert_trees_all_equal(_gradients(key, nested), expected)
     assert jm.chain().parts == ()
-    assert list(_gradients(key, flat).hyper) == ["learned_rates", "shrinking"]
+    assert list(expected.hyper) == ["learned_rates", "shrinking"]
 
 
 def test_repeated_names_have_randomness_of_their_own(key):
@@ -219,12 +214,13 @@ def test_second_order_gradients_of_conv4_agree_with_finite_differences(key):
         y = jnp.arange(6) % 3
         task = jm.Task(jm.Batch(x[0], y), jm.Batch(x[1], y))
 
+        @jax.jit
         def loss(params):
             theta = jm.Theta(params)
             _, gradient, info = learner.grad(key, theta, task, meta_step=0)
             return info["loss"], gradient.params
 
-        direction = toys.noise_reset(jax.tree.map(jnp.zeros_like, params), key, 1.0)
+        direction = jax.tree.map(lambda p: jax.random.normal(jax.random.fold_in(key, p.size), p.shape, p.dtype), params)
         at = lambda step: loss(jax.tree.map(lambda p, d: p + step * d, params, direction))[0]
         slope = (at(1e-6) - at(-1e-6)) / 2e-6
         exact = optax.tree.vdot(loss(params)[1], direction)
@@ -262,5 +258,5 @@ def test_chain_refuses_what_is_no_rule(part):
 @pytest.mark.parametrize("make", [jm.minibatches, lambda steps, size: jm.one_by_one(9)])
 def test_feeds_refuse_more_than_the_support_set_has(key, make):
     learner = jm.maml(toys.net(), jm.xent, optax.sgd(0.1), make(2, 9))
-    with pytest.raises(ValueError, match="support set has 6 examples"):
+    with pytest.raises(ValueError, match="support set has 6"):
         learner.adapt(key, learner.init(key), toys.blobs().sample(key, ()).support)

@@ -72,7 +72,7 @@ def test_train_leaves_a_whole_run(run):
     assert result["episodes"] == 20 and result["norm"] == "batch" and result["transductive"] is True
     assert 0 <= result["mean"] <= 1 and len(result["by_step"]) == 4 and result["interval95"] > 0
     assert result["config"]["method"] == "anil" and result["versions"]["jax"]
-    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").open()]
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == [10, 20]
 
 

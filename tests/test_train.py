@@ -1,5 +1,6 @@
 """The training loop: what is computed does not depend on chunks, dispatches or interruptions."""
 
+import contextlib
 import json
 import os
 import random
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import chex
 import jax
@@ -36,7 +38,7 @@ def _fit(key, steps, learner=None, **options):
 def test_chunks_give_the_same_meta_gradient(key, data):
     with jax.enable_x64(True):
         learner = _learner(data=data)
-        theta = learner.init(key)
+        theta = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), learner.init(key))
         gradients = [jax.jit(batch_gradient(learner, TASKS.sample, 32, chunk))(key, theta, (), 0)[1] for chunk in (1, 4, 32)]
     for other in gradients[1:]:
         chex.assert_trees_all_close(gradients[0], other, rtol=1e-6, atol=1e-12)
@@ -168,7 +170,9 @@ def test_a_run_is_resumed_bit_for_bit(key, tmp_path):
     parts = _fit(key, 30, workdir=tmp_path / "parts", save_every=10, log_every=5, resume=True)
     chex.assert_trees_all_equal(whole.last, parts.last)
     assert type(parts.state[0]) is type(whole.state[0])
-    rows = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()] for name in ("whole", "parts")]
+    rows = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("whole", "parts")
+    ]
     losses = [{row["step"]: row["loss"] for row in each} for each in rows]
     assert all(losses[0][step] == losses[1][step] for step in (5, 10, 15, 25, 30))
     assert all(len({row["step"] for row in each}) == len(each) for each in rows)
@@ -213,8 +217,17 @@ done = jm.fit(jax.random.key(0), learner, toys.blobs(), outer, 3000, 4, workdir=
 """
 
 
-def _start(folder):
-    return subprocess.Popen([sys.executable, "-c", RUN, str(folder)], stderr=subprocess.PIPE, text=True)
+@contextlib.contextmanager
+def _started(folder):
+    command = [sys.executable, "-c", RUN, str(folder)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]) as process:
+        yield process
+
+
+def _finish(folder):
+    with _started(folder) as process:
+        text = process.communicate()[1]
+        assert process.returncode == 0, text
 
 
 def _wait_for_checkpoint(folder, after):
@@ -229,25 +242,25 @@ def _final(folder):
 
 
 def test_killed_three_times_it_ends_bit_for_bit_the_same(key, tmp_path):
-    assert _start(tmp_path / "whole").wait() == 0
+    _finish(tmp_path / "whole")
     chance = random.Random(os.urandom(8))
     for _ in range(3):
-        process = _start(tmp_path / "killed")
-        _wait_for_checkpoint(tmp_path / "killed", checkpoint.latest(tmp_path / "killed") or 0)
-        time.sleep(chance.uniform(0, 0.3))
-        process.kill()
-        process.wait()
+        before = checkpoint.latest(tmp_path / "killed") or 0
+        with _started(tmp_path / "killed") as process:
+            _wait_for_checkpoint(tmp_path / "killed", before)
+            time.sleep(chance.uniform(0, 0.3))
+            process.kill()
     assert 0 < checkpoint.latest(tmp_path / "killed") < 3000
-    assert _start(tmp_path / "killed").wait() == 0
+    _finish(tmp_path / "killed")
     chex.assert_trees_all_equal(_final(tmp_path / "whole"), _final(tmp_path / "killed"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_saves_and_says_how_to_resume(tmp_path, number):
-    process = _start(tmp_path / "run")
-    _wait_for_checkpoint(tmp_path / "run", 0)
-    process.send_signal(number)
-    text = process.communicate(timeout=60)[1]
+    with _started(tmp_path / "run") as process:
+        _wait_for_checkpoint(tmp_path / "run", 0)
+        process.send_signal(number)
+        text = process.communicate(timeout=60)[1]
     saved = checkpoint.latest(tmp_path / "run")
     assert process.returncode != 0
     assert f"Stopped at step {saved}" in text and "resume" in text

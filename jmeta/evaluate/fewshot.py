@@ -16,7 +16,7 @@ import numpy as np
 from jmeta.core import MetaLearner, Tasks, Theta, default_chunk
 from jmeta.losses import accuracy
 
-EPISODES_TOGETHER = 100
+DISPATCH = 100  # most episodes in one call of the compiled program
 
 
 class Score(NamedTuple):
@@ -98,16 +98,16 @@ def fewshot(
     """
     if episodes < 2:
         raise ValueError(f"fewshot: episodes must be at least 2 for an interval, got {episodes}.")
-    together = chunk or default_chunk(theta.params, EPISODES_TOGETHER)
-    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(episodes))
-    curves = [
-        _curves(learner, tasks.sample, metric or accuracy, together, theta, part, tasks.data, _stage(tasks, part))
-        for part in (jnp.split(keys, range(EPISODES_TOGETHER, episodes, EPISODES_TOGETHER)) if tasks.stage else [keys])
-    ]
-    values = np.concatenate([np.asarray(part) for part in curves]).astype(np.float64)
+    size = min(episodes, DISPATCH)
+    together = chunk or default_chunk(theta.params, size)
+    numbers = jnp.arange(-(-episodes // size) * size).reshape(-1, size)  # the last dispatch may run over: one program serves all
+    keys = jax.vmap(jax.vmap(functools.partial(jax.random.fold_in, key)))(numbers)
+    run = functools.partial(_curves, learner, tasks.sample, metric or accuracy, together, theta)
+    curves = [np.asarray(run(part, tasks.data, _stage(tasks, part))) for part in keys]
+    values = np.concatenate(curves)[:episodes].astype(np.float64)
     by_step = np.stack([values.mean(0), 1.96 * values.std(0, ddof=1) / np.sqrt(episodes)], -1)
-    first = jax.tree.map(lambda leaf: leaf[0], _stage(tasks, keys[:1])) if tasks.stage else tasks.data
-    gap = float(_gap(learner, tasks.sample, theta, keys[0], first))
+    first = jax.tree.map(lambda leaf: leaf[0], _stage(tasks, keys[0, :1])) if tasks.stage else tasks.data
+    gap = float(_gap(learner, tasks.sample, theta, keys[0, 0], first))
     return Score(float(by_step[-1, 0]), float(by_step[-1, 1]), by_step, episodes, gap > 1e-3)
 
 

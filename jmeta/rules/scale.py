@@ -47,7 +47,7 @@ def only(layers: str | tuple[str, ...], rule: Rule | optax.GradientTransformatio
 
     inner = chain(rule)
     update = optax.partition({"adapted": inner.update, "frozen": optax.set_to_zero()}, label)
-    return inner._replace(name="only", update=optax.with_extra_args_support(update), parts=())
+    return inner._replace(name="only", update=optax.with_extra_args_support(update), parts=None)
 
 
 @memoise
