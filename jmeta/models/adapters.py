@@ -47,19 +47,26 @@ def from_linen(module: nn.Module, example: jax.ShapeDtypeStruct | Any) -> Model:
       example: an input `[N, ...]`, or its `jax.ShapeDtypeStruct`, to initialise from.
 
     Returns:
-      A model whose layers are the parameters' top-level names in the order in which the module makes them.
+      A model whose layers are the parameters' top-level names in the order in which the submodules are called.
 
     Raises:
       ValueError: the module has mutable collections (batch statistics), or draws random numbers when applied (dropout).
 
     >>> model = from_linen(nn.Dense(3), jax.ShapeDtypeStruct((1, 2), "float32"))
     >>> model.layers
-    ('kernel', 'bias')
+    ('bias', 'kernel')
     """
     example = jax.numpy.zeros(example.shape, example.dtype)
     name = type(module).__name__
+    called = []
+
+    def record(call, args, kwargs, context):
+        called.extend(context.module.path[:1])
+        return call(*args, **kwargs)
+
     try:
-        shapes = jax.eval_shape(module.init, jax.random.key(0), example)
+        with nn.intercept_methods(record):
+            shapes = jax.eval_shape(module.init, jax.random.key(0), example)
     except errors.FlaxError as error:
         raise ValueError(f"from_linen: {name} cannot be initialised with parameters alone ({error}). {_ADVICE}") from error
     extra = sorted(set(shapes) - {"params"})
@@ -69,7 +76,8 @@ def from_linen(module: nn.Module, example: jax.ShapeDtypeStruct | Any) -> Model:
         jax.eval_shape(module.apply, shapes, example)
     except errors.InvalidRngError as error:
         raise ValueError(f"from_linen: {name} draws random numbers when it is applied. {_ADVICE}") from error
-    return linen_model(module, example, tuple(shapes["params"]))
+    layers = dict.fromkeys([*(layer for layer in called if layer in shapes["params"]), *shapes["params"]])
+    return linen_model(module, example, tuple(layers))
 
 
 def from_nnx(make: Callable[[Any], Any], example: jax.ShapeDtypeStruct | Any) -> Model:
@@ -87,22 +95,26 @@ def from_nnx(make: Callable[[Any], Any], example: jax.ShapeDtypeStruct | Any) ->
     """
     from flax import nnx
 
-    def split(key):
-        graph, state = nnx.split(make(nnx.Rngs(params=key)))
-        return graph, state
+    attributes = []
 
-    graph, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(params=0))))
+    def build():
+        module = make(nnx.Rngs(params=0))
+        attributes.extend(vars(module))  # in their order here; eval_shape returns them sorted
+        return module
+
+    graph, state = nnx.split(nnx.eval_shape(build))
     extra = sorted({v.type.__name__ for _, v in nnx.to_flat_state(state) if not issubclass(v.type, nnx.Param)})
     if extra:
         raise ValueError(f"from_nnx: the module has variables {extra} besides its parameters. {_ADVICE}")
 
     def init(key):
-        return nnx.to_pure_dict(split(key)[1])
+        return nnx.to_pure_dict(nnx.state(make(nnx.Rngs(params=key))))
 
     def apply(params, x, stats=None):
         new = jax.tree.map(lambda leaf: leaf, state)
         nnx.replace_by_pure_dict(new, params)
         return nnx.merge(graph, new)(x)
 
-    jax.eval_shape(apply, nnx.to_pure_dict(state), jax.ShapeDtypeStruct(example.shape, example.dtype))
-    return Model(init, apply, tuple(nnx.to_pure_dict(state)))
+    params = nnx.to_pure_dict(state)
+    jax.eval_shape(apply, params, jax.ShapeDtypeStruct(example.shape, example.dtype))
+    return Model(init, apply, tuple(name for name in attributes if name in params))
