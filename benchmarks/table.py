@@ -1,6 +1,6 @@
 """Writes the measured tables of the README from the committed results.
 
-    python benchmarks/table.py        rewrites what stands between the `<!-- table: ... -->` marks of README.md
+python benchmarks/table.py        rewrites what stands between the `<!-- table: ... -->` marks of README.md
 """
 
 import json
@@ -20,17 +20,19 @@ def omniglot() -> str:
         result = json.loads(path.read_text())
         config = result["config"]
         rows[config["split"], config["steps"], config["method"]].append(result)
-    lines = ["| method | split | meta-steps | accuracy, each seed (95 % interval) | mean | episodes | device | minutes |", "|" + "---|" * 8]
+    lines = [
+        "| method | split | meta-steps | accuracy, each seed (95 % interval) | mean | episodes | device | minutes |",
+        "|" + "---|" * 8,
+    ]
     order = list(NAMES)
     for (split, steps, method), results in sorted(rows.items(), key=lambda row: (*row[0][:2], order.index(row[0][2]))):
         results.sort(key=lambda result: result["seeds"])
         cells = ", ".join(f"{100 * r['mean']:.1f} ± {100 * r['interval95']:.1f}" for r in results)
         mean = sum(r["mean"] for r in results) / len(results)
         minutes = ", ".join(f"{r['seconds_of_this_call'] / 60:.0f}" for r in results)
-        device = results[0]["versions"]["device"]
-        lines.append(
-            f"| {NAMES[method]} | {split} | {steps:,} | {cells} | {100 * mean:.1f} | {results[0]['episodes']} | {device} | {minutes} |"
-        )
+        first = results[0]
+        measured = (cells, f"{100 * mean:.1f}", str(first["episodes"]), first["norm"], first["versions"]["device"], minutes)
+        lines.append(f"| {NAMES[method]} | {split} | {steps:,} | {' | '.join(measured)} |")
     return "\n".join(lines)
 
 

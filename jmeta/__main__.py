@@ -49,6 +49,8 @@ def _resume(args: list[str]) -> None:
     run = args[place + 1]
     config = presets.from_dict(checkpoint.read_run(run)["config"], run)
     _, changed = _parse("jmeta train --resume RUN", args[:place] + args[place + 2 :], config)
+    if config.outer_schedule == "cosine" and changed.steps != config.steps:
+        raise ValueError(f"train: the outer rate of {run} falls along a cosine over {config.steps} steps, which cannot change now.")
     print(commands.train(changed, run, resume=True))
 
 

@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import tyro
 
 from jmeta import checkpoint, presets, runs
@@ -60,7 +59,7 @@ def _fit(config: Config, problem: Problem, folder: Path, resume: bool) -> Fit:
         jax.random.key(config.seed),
         presets.make_learner(config),
         problem.train,
-        optax.adam(config.outer_rate),
+        presets.make_outer(config),
         config.steps,
         config.batch,
         validate=validate,
