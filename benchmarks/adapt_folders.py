@@ -19,7 +19,7 @@ import numpy as np
 import jmeta as jm
 from jmeta.checkpoint import versions, write_json
 
-OUT = Path(__file__).parent / "results" / "adapt_folders.json"
+RESULTS = Path(__file__).parent / "results"
 WAYS, QUERIES = 5, 10
 
 
@@ -63,7 +63,10 @@ def main() -> None:
     interval = 1.96 * values.std(ddof=1) / np.sqrt(len(values))
     trained = json.loads((Path(asked.run) / "run.json").read_text())["config"]
     result = {"mean": values.mean(), "interval95": interval, "folders": shares, "shots": asked.shots, "seed": asked.seed}
-    write_json(OUT, {**result, "norm": trained["norm"], "versions": versions(), "config": trained})
+    write_json(
+        RESULTS / f"adapt_folders-{asked.shots}shot.json",
+        {**result, "norm": trained["norm"], "versions": versions(), "config": trained},
+    )
     print(f"{values.mean():.3f} ± {interval:.3f} (95 % interval over {len(values)} folders) [norm: {trained['norm']}]")
 
 

@@ -29,7 +29,7 @@ def omniglot() -> str:
         results.sort(key=lambda result: result["seeds"])
         cells = ", ".join(f"{100 * r['mean']:.1f} ± {100 * r['interval95']:.1f}" for r in results)
         mean = sum(r["mean"] for r in results) / len(results)
-        minutes = ", ".join(f"{r['seconds_of_this_call'] / 60:.0f}" for r in results)
+        minutes = ", ".join(f"{r['minutes']:.0f}" for r in results)
         first = results[0]
         measured = (cells, f"{100 * mean:.1f}", str(first["episodes"]), first["norm"], first["versions"]["device"], minutes)
         lines.append(f"| {NAMES[method]} | {split} | {steps:,} | {' | '.join(measured)} |")
@@ -51,9 +51,9 @@ def sinusoid() -> str:
 def speed() -> str:
     """Seconds of a MAML meta-gradient, jmeta and PyTorch."""
     found = json.loads((RESULTS / "maml_omniglot_speed.json").read_text())
-    lines = ["| | milliseconds (median; least to most) |", "|---|---|"]
+    lines = ["| | milliseconds, median (fastest to slowest) |", "|---|---|"]
     for name, seconds in found["seconds"].items():
-        least, most = seconds["min"] * 1e3, seconds["max"] * 1e3
+        least, most = seconds["fastest"] * 1e3, seconds["slowest"] * 1e3
         lines.append(f"| {name} | {seconds['median'] * 1e3:.0f} ({least:.0f} to {most:.0f}) |")
     return "\n".join(lines)
 

@@ -100,7 +100,7 @@ def open_run(workdir: str | Path, resume: bool, config: Any, labels: tuple[str, 
     if not started and folder.is_dir() and any(folder.iterdir()):
         raise FileExistsError(f"workdir: {workdir} is not empty and holds no run of jmeta; give a new or an empty folder.")
     if started:
-        _same_config(folder, plain(config))
+        _same_config(folder, config)
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "run.json", {"format": FORMAT, "config": plain(config), "labels": list(labels), "versions": versions()})
@@ -108,11 +108,15 @@ def open_run(workdir: str | Path, resume: bool, config: Any, labels: tuple[str, 
 
 
 def _same_config(folder: Path, config: Any) -> None:
-    """A run may be resumed for more steps, but not as another run."""
-    old = read_run(folder)["config"]
+    """A run may be resumed for more steps, but not as another run; fields that are newer than the run had their defaults."""
+    old, defaults = read_run(folder)["config"], {}
+    if dataclasses.is_dataclass(config):
+        defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    config = plain(config)
     if not (isinstance(old, dict) and isinstance(config, dict)):
         differing = [] if old == config else ["config"]
     else:
+        old = {**plain({name: value for name, value in defaults.items() if value is not dataclasses.MISSING}), **old}
         differing = [name for name in sorted({*old, *config}) if name != "steps" and old.get(name) != config.get(name)]
     if differing:
         raise ValueError(

@@ -39,15 +39,22 @@ def train(config: Config, workdir: str | Path | None = None, *, name: str = "run
     """
     problem = presets.make_problem(config)
     folder = Path(workdir) if workdir else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    began = time.perf_counter()
     done = _fit(config, problem, folder, resume)
-    seconds = time.perf_counter() - began
     score = _test(config, problem, done.theta, problem.test, config.test_episodes, config.seed)
-    result = {**_described(config, problem, score), "seeds": [config.seed], "seconds_of_this_call": round(seconds, 1)}
+    result = {**_described(config, problem, score), "seeds": [config.seed], "minutes": _minutes(folder, config.batch)}
     checkpoint.write_json(folder / "result.json", result)
     plot(str(folder))
     print(f"{problem.metric_name} on unseen tasks: {score} [norm: {_norm(config)}]")
     return folder
+
+
+def _minutes(folder: Path, batch: int) -> float:
+    """Minutes of training, compilation and validation, over all the calls that a run took."""
+    seconds, before = 0.0, 0
+    for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
+        seconds += (row["step"] - before) * batch / row["tasks_per_second"]
+        before = row["step"]
+    return round(seconds / 60, 1)
 
 
 def _fit(config: Config, problem: Problem, folder: Path, resume: bool) -> Fit:

@@ -68,13 +68,13 @@ class Config:
     """Adam's rate."""
     outer_schedule: Literal["constant", "cosine"] = "constant"
     """Whether that rate stays or falls to 0 along a cosine over all steps."""
-    steps: int = 1000
+    steps: int = 500
     """Meta-steps."""
     batch: int = 32
     """Tasks of a meta-step."""
     chunk: int | None = None
     """Tasks vmapped together; chosen by device and network if not given."""
-    validate_every: int = 500
+    validate_every: int = 250
     """Meta-steps between two validations, where the data has validation classes; 0 for none."""
     validate_episodes: int = 200
     """Episodes of a validation."""

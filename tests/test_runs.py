@@ -1,5 +1,6 @@
 """Saving, loading and their errors."""
 
+import dataclasses
 import json
 
 import chex
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 import jmeta as jm
+from jmeta import checkpoint
 from jmeta.presets import Config, make_learner
 
 CONFIG = Config(filters=4)
@@ -47,6 +49,17 @@ def test_what_is_no_run_or_of_another_format_is_refused(key, tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
     with pytest.raises(ValueError, match="format 99"):
         jm.load(tmp_path / "run")
+
+
+def test_a_field_newer_than_the_run_counts_as_its_default(key, tmp_path):
+    folder = jm.save(tmp_path / "run", CONFIG, make_learner(CONFIG).init(key))
+    path = folder / "run.json"
+    described = json.loads(path.read_text())
+    del described["config"]["outer_schedule"]
+    path.write_text(json.dumps(described))
+    assert checkpoint.open_run(folder, True, CONFIG, ()) == folder
+    with pytest.raises(ValueError, match="different: outer_schedule"):
+        checkpoint.open_run(folder, True, dataclasses.replace(CONFIG, outer_schedule="cosine"), ())
 
 
 def test_theta_keeps_its_types(tmp_path, key):
