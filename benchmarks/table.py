@@ -20,10 +20,18 @@ def omniglot() -> str:
         result = json.loads(path.read_text())
         config = result["config"]
         rows[config["split"], config["steps"], config["method"]].append(result)
-    lines = [
-        "| method | split | meta-steps | accuracy, each seed (95 % interval) | mean | episodes | device | minutes |",
-        "|" + "---|" * 8,
-    ]
+    titles = (
+        "method",
+        "split",
+        "meta-steps",
+        "accuracy, each seed (95 % interval)",
+        "mean",
+        "episodes",
+        "norm",
+        "device",
+        "minutes",
+    )
+    lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
     order = list(NAMES)
     for (split, steps, method), results in sorted(rows.items(), key=lambda row: (*row[0][:2], order.index(row[0][2]))):
         results.sort(key=lambda result: result["seeds"])

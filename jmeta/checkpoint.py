@@ -84,8 +84,15 @@ def read_run(run: str | Path) -> dict[str, Any]:
     return described
 
 
-def open_run(workdir: str | Path, resume: bool, config: Any, labels: tuple[str, ...]) -> Path:
+def open_run(workdir: str | Path, resume: bool, config: Any, labels: tuple[str, ...], chunk: int | None = None) -> Path:
     """Makes the folder of a run, or with `resume` takes up the one there.
+
+    Args:
+      workdir: the folder.
+      resume: whether a run there is taken up.
+      config: a dataclass or dict to keep.
+      labels: names to keep.
+      chunk: tasks vmapped together, to keep: another chunk would sum in another order.
 
     Raises:
       FileExistsError: the folder holds something and `resume` was not asked for.
@@ -103,8 +110,23 @@ def open_run(workdir: str | Path, resume: bool, config: Any, labels: tuple[str, 
         _same_config(folder, config)
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "run.json", {"format": FORMAT, "config": plain(config), "labels": list(labels), "versions": versions()})
+    kept = {"config": plain(config), "labels": list(labels), "chunk": chunk}
+    write_json(folder / "run.json", {"format": FORMAT, **kept, "versions": versions()})
     return folder
+
+
+def kept_chunk(workdir: str | Path | None, resume: bool) -> int | None:
+    """The chunk that a run to be resumed began with."""
+    if workdir is None or not resume or not (Path(workdir) / "run.json").is_file():
+        return None
+    return read_run(workdir).get("chunk")
+
+
+def keep_config(folder: Path, config: Any) -> None:
+    """Writes the config of a run that is resumed for more steps."""
+    described = read_run(folder)
+    if described["config"] != plain(config):
+        write_json(folder / "run.json", {**described, "config": plain(config)})
 
 
 def _same_config(folder: Path, config: Any) -> None:

@@ -235,7 +235,8 @@ def fit(
     plan = _Plan(steps, batch, save_every, log_every, validate)
     _check_kinds(key, learner, tasks, outer)
     start_theta: Theta = learner.init(key) if theta is None else theta
-    chunk = default_chunk(start_theta.params, batch) if chunk is None else chunk
+    if chunk is None:
+        chunk = checkpoint.kept_chunk(workdir, resume) or default_chunk(start_theta.params, batch)
     _check(start_theta, plan, chunk)
     start_theta, best = (jax.tree.map(jnp.copy, start_theta) for _ in range(2))  # the one is donated, the other kept
     state = outer.init(_learned(start_theta)) if state is None else jax.tree.map(jnp.copy, state)
@@ -243,10 +244,11 @@ def fit(
     program = learner, tasks.sample, outer, batch, chunk
     dispatch = functools.partial(_dispatch, *program)
     if _is_traced(dispatch, key, start, tasks, batch):
-        return _fit_traced(program, key, start, tasks, plan, workdir)
-    folder = None if workdir is None else checkpoint.open_run(workdir, resume, config, labels)
+        return _fit_traced(functools.partial(_run, *program), key, start, tasks, plan, workdir)
+    folder = None if workdir is None else checkpoint.open_run(workdir, resume, config, labels, chunk)
     if folder is not None and checkpoint.latest(folder) is not None:
-        start = _same_key(checkpoint.read(folder, start), key, folder)
+        start = _taken_up(checkpoint.read(folder, start), key, steps, folder)
+        checkpoint.keep_config(folder, config)
     with log.reporter(folder, steps, start.step, progress) as report, _signals(folder is not None) as received:
         return _loop(dispatch, key, tasks, start, plan, report, folder, received)
 
@@ -306,11 +308,11 @@ def _loop(dispatch, key, tasks, now, plan, report, folder, received) -> Fit:
     return Fit(now.best if plan.validate else now.theta, now.theta, now.state, rows)
 
 
-def _fit_traced(program, key, start, tasks, plan, workdir) -> Fit:
+def _fit_traced(run, key, start, tasks, plan, workdir) -> Fit:
     """All steps in one dispatch, for `vmap` over whole runs, where nothing is donated."""
     if workdir is not None or plan.validate is not None or tasks.stage is not None:
         raise ValueError("fit: under vmap or jit there can be neither workdir nor validate nor host-resident images.")
-    carry, rows = _run(*program, plan.steps, key, _Carry(start.theta, start.state), tasks.data, 0, plan.steps, None)
+    carry, rows = run(plan.steps, key, _Carry(start.theta, start.state), tasks.data, 0, plan.steps, None)
     return Fit(carry.theta, carry.theta, carry.state, rows)
 
 
@@ -435,7 +437,9 @@ def _check_finite(rows: dict[str, np.ndarray], first: int, folder: Path | None) 
     )
 
 
-def _same_key(snapshot: checkpoint.Snapshot, key: jax.Array, folder: Path) -> checkpoint.Snapshot:
+def _taken_up(snapshot: checkpoint.Snapshot, key: jax.Array, steps: int, folder: Path) -> checkpoint.Snapshot:
+    if snapshot.step > steps:
+        raise ValueError(f"resume: steps is {steps}, but the run in {folder} has taken {snapshot.step} already.")
     if not np.array_equal(snapshot.key, jax.random.key_data(key)):
         raise ValueError(f"resume: the run in {folder} began with another key, so it would not go on as if it had not stopped.")
     return snapshot

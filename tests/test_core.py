@@ -125,14 +125,14 @@ def test_long_runs_are_scanned_and_short_ones_unrolled(key):
 def test_chain_is_associative_and_neutral(key):
     parts = [toys.noisy(), jm.learned_rates(0.1), toys.shrinking(), toys.noisy(), optax.clip(0.5)]
     flat = jm.chain(*parts)
-    names, expected = [part.name for part in flat.parts], _gradients(key, flat)
+    names, expected = [part.name for part in flat.parts or ()], _gradients(key, flat)
     for nested in (
         jm.chain(jm.chain(*parts[:2]), jm.chain(*parts[2:])),
         jm.chain(parts[0], jm.chain(parts[1], jm.chain(*parts[2:]))),
         jm.chain(jm.chain(), jm.chain(*parts), optax.identity(), jm.Rule("nothing")),
         jm.chain(flat),
     ):
-        assert [part.name for part in nested.parts] == names
+        assert [part.name for part in nested.parts or ()] == names
         chex.assert_trees_all_equal(_gradients(key, nested), expected)
     assert jm.chain().parts == ()
     assert list(expected.hyper) == ["learned_rates", "shrinking"]

@@ -178,6 +178,14 @@ def test_a_run_is_resumed_bit_for_bit(key, tmp_path):
     assert all(len({row["step"] for row in each}) == len(each) for each in rows)
 
 
+def test_a_resumed_run_keeps_its_chunk_and_notes_its_steps(key, tmp_path):
+    for steps, chunk in ((2, 2), (3, None)):
+        _fit(key, steps, workdir=tmp_path / "run", config={"steps": steps}, chunk=chunk, resume=True)
+    described = checkpoint.read_run(tmp_path / "run")
+    assert described["chunk"] == 2 and described["config"] == {"steps": 3}
+    assert checkpoint.kept_chunk(tmp_path / "run", False) is None
+
+
 def test_what_a_user_has_is_not_overwritten(key, tmp_path):
     _fit(key, 2, workdir=tmp_path / "run", config={"rate": 1})
     with pytest.raises(FileExistsError, match="holds a run already"):
@@ -189,6 +197,8 @@ def test_what_a_user_has_is_not_overwritten(key, tmp_path):
     other = jm.maml(jm.mlp(3, hidden=(8, 9), shape=(6,)), jm.xent, optax.sgd(0.1), jm.repeat(1))
     with pytest.raises(ValueError, match="another model"):
         _fit(key, 4, other, workdir=tmp_path / "run", config={"rate": 1}, resume=True)
+    with pytest.raises(ValueError, match=r"steps is 1, but the run in .* has taken 2 already"):
+        _fit(key, 1, workdir=tmp_path / "run", config={"rate": 1}, resume=True)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="not empty"):
