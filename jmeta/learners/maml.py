@@ -16,6 +16,7 @@ parameters are adapted with the rest unless the rule leaves them out; Meta-SGD's
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -92,20 +93,30 @@ def maml(
         memory = {"state": rule.update.init(params)} if carry_state else ()
         return Theta(params, rule.init(params), memory)
 
-    def adapt(key, theta, support):
-        return _walk(key, theta, support)[0]
-
-    def _walk(key, theta, support, watch=None):
+    def walk(key, theta, support, watch=None):
         key_reset, key_follow = jax.random.split(key)
         return follow(key_follow, begin(key_reset, theta, support), support, watch)
+
+    def adapt(key, theta, support):
+        return walk(key, theta, support)[0]
 
     def predict(phi, x):
         return output(phi, x, data.steps)
 
     def curve(key, theta, task):
-        return _walk(key, theta, task.support, lambda phi, step: output(phi, task.query.x, step))[1]
+        return walk(key, theta, task.support, lambda phi, step: output(phi, task.query.x, step))[1]
 
-    def weighted(key, theta, task, meta_step):
+    if step_weights is None:
+        grad = query_grad(adapt, predict, loss, probe=probe, meta=rule.meta)
+    else:
+        grad = meta_gradient(_over_steps(walk, output, loss, probe, step_weights), rule.meta)
+    return MetaLearner(init, adapt, predict, curve, grad)
+
+
+def _over_steps(walk: Callable, output: Callable, loss: Callable, probe: Callable, step_weights: Any) -> Callable:
+    """The objective of MAML++'s multi-step loss: the weighted sum of the query losses after each step."""
+
+    def objective(key, theta, task, meta_step):
         key_adapt, key_query = jax.random.split(key)
 
         def look(phi, step):
@@ -114,15 +125,11 @@ def maml(
             value = evaluate_loss(loss, outputs, query)
             return value, {"loss": value, **measure(outputs, query.y, query.mask)}
 
-        phi, (losses, infos) = _walk(key_adapt, theta, task.support, look)
+        phi, (losses, infos) = walk(key_adapt, theta, task.support, look)
         weights = step_weights(meta_step) if callable(step_weights) else jnp.asarray(step_weights)
         return (weights * losses[1:]).sum(), (phi, jax.tree.map(lambda leaf: leaf[-1], infos))
 
-    if step_weights is None:
-        grad = query_grad(adapt, predict, loss, probe=probe, meta=rule.meta)
-    else:
-        grad = meta_gradient(weighted, rule.meta)
-    return MetaLearner(init, adapt, predict, curve, grad)
+    return objective
 
 
 def _check_differentiable(rule: Rule, model: Model) -> None:
