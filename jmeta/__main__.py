@@ -20,7 +20,7 @@ USAGE = """usage: jmeta COMMAND ...
 
 `jmeta COMMAND --help` lists the options; `jmeta train PRESET --help` shows all fields of a preset."""
 
-ERRORS = (ValueError, TypeError, OSError, FloatingPointError)
+ERRORS = (ValueError, TypeError, OSError, FloatingPointError, RuntimeError, ImportError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +32,7 @@ class _Where:
 
 
 def _train(args: list[str]) -> None:
+    args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--resume=") else [arg])]
     if "--resume" in args:
         return _resume(args)
     named = bool(args) and not args[0].startswith("-")
@@ -48,7 +49,9 @@ def _resume(args: list[str]) -> None:
         raise ValueError("train: --resume needs the folder of a run.")
     run = args[place + 1]
     config = presets.from_dict(checkpoint.read_run(run)["config"], run)
-    _, changed = _parse("jmeta train --resume RUN", args[:place] + args[place + 2 :], config)
+    where, changed = _parse("jmeta train --resume RUN", args[:place] + args[place + 2 :], config)
+    if where.out is not None:
+        raise ValueError("train: --resume goes on in the folder of its run; it takes no --out.")
     if config.outer_schedule == "cosine" and changed.steps != config.steps:
         raise ValueError(f"train: the outer rate of {run} falls along a cosine over {config.steps} steps, which cannot change now.")
     print(commands.train(changed, run, resume=True))
@@ -83,7 +86,7 @@ def main() -> None:
         print(f"jmeta {command}: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt as error:
-        print(error or "Stopped.", file=sys.stderr)
+        print(str(error) or "Stopped.", file=sys.stderr)
         sys.exit(130)
 
 

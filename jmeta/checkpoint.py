@@ -84,7 +84,7 @@ def read_run(run: str | Path) -> dict[str, Any]:
     return described
 
 
-def open_run(workdir: str | Path, resume: bool, config: Any, labels: tuple[str, ...], chunk: int | None = None) -> Path:
+def open_run(workdir: str | Path, resume: bool, config: Any, labels: tuple[str, ...], **kept: int) -> Path:
     """Makes the folder of a run, or with `resume` takes up the one there.
 
     Args:
@@ -92,13 +92,37 @@ def open_run(workdir: str | Path, resume: bool, config: Any, labels: tuple[str, 
       resume: whether a run there is taken up.
       config: a dataclass or dict to keep.
       labels: names to keep.
-      chunk: tasks vmapped together, to keep: another chunk would sum in another order.
+      **kept: numbers to keep that a resumed run must share, since others would change what is computed.
+
+    Returns:
+      The folder, as an absolute path.
 
     Raises:
       FileExistsError: the folder holds something and `resume` was not asked for.
-      ValueError: the run there has another config.
+      ValueError: the run there has another config, or other numbers.
     """
+    check_workdir(workdir, resume)
     folder = Path(workdir).absolute()
+    if (folder / "run.json").is_file():
+        _same_config(folder, config)
+        described = read_run(folder)
+        for name, value in kept.items():
+            if described.get(name, value) != value:
+                raise ValueError(f"resume: the run in {folder} began with {name} {described[name]}, got {value}.")
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    described = {"format": FORMAT, "config": plain(config), "labels": list(labels), **kept, "versions": versions()}
+    write_json(folder / "run.json", described)
+    return folder
+
+
+def check_workdir(workdir: str | Path, resume: bool) -> None:
+    """Refuses a folder in which a run would overwrite something.
+
+    Raises:
+      FileExistsError: the folder holds something and `resume` was not asked for.
+    """
+    folder = Path(workdir)
     if folder.is_file():
         raise FileExistsError(f"workdir: {workdir} is a file; a folder is expected.")
     started = (folder / "run.json").is_file()
@@ -106,13 +130,6 @@ def open_run(workdir: str | Path, resume: bool, config: Any, labels: tuple[str, 
         raise FileExistsError(f"workdir: {workdir} holds a run already. Ask for resume to go on with it, or give another folder.")
     if not started and folder.is_dir() and any(folder.iterdir()):
         raise FileExistsError(f"workdir: {workdir} is not empty and holds no run of jmeta; give a new or an empty folder.")
-    if started:
-        _same_config(folder, config)
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    kept = {"config": plain(config), "labels": list(labels), "chunk": chunk}
-    write_json(folder / "run.json", {"format": FORMAT, **kept, "versions": versions()})
-    return folder
 
 
 def kept_chunk(workdir: str | Path | None, resume: bool) -> int | None:
@@ -208,7 +225,7 @@ def _fit_into(like: Any, stored: dict[str, Any], folder: Path) -> Any:
         found, expected = jnp.shape(stored[name]), jnp.shape(leaf)
         if found != expected:
             raise ValueError(f"checkpoint: {folder} has {name} of shape {found}, the learner expects {expected}. {cause}")
-    leaves = [np.asarray(stored[name], jnp.result_type(leaf)) for name, leaf in wanted.items()]
+    leaves = [np.asarray(stored[name], leaf.dtype if hasattr(leaf, "dtype") else None) for name, leaf in wanted.items()]
     restored = jax.tree.unflatten(jax.tree.structure(like), leaves)
     return restored._replace(step=int(restored.step), score=float(restored.score)) if isinstance(like, Snapshot) else restored
 
@@ -220,7 +237,7 @@ def read_theta(folder: Path, like: Any) -> Any:
       FileNotFoundError, ValueError: as `read`.
     """
     stored = _stored(folder)
-    field = ".best" if any(name.startswith(".best") for name in stored) else ".theta"
+    field = ".best" if np.isfinite(stored[".score"]) else ".theta"
     own = {name.removeprefix(field): leaf for name, leaf in stored.items() if name.startswith(field)}
     return _fit_into(like, own, folder)
 

@@ -37,8 +37,11 @@ def train(config: Config, workdir: str | Path | None = None, *, name: str = "run
     Raises:
       ValueError, FileExistsError, FloatingPointError: as `jmeta.fit` and the data say, before any long work where possible.
     """
-    problem = presets.make_problem(config)
     folder = Path(workdir) if workdir else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    checkpoint.check_workdir(folder, resume)
+    if config.chunk is not None and (config.chunk < 1 or config.batch % config.chunk):
+        raise ValueError(f"train: batch must be divisible by chunk, got batch {config.batch} and chunk {config.chunk}.")
+    problem = presets.make_problem(config)
     done = _fit(config, problem, folder, resume)
     score = _test(config, problem, done.theta, problem.test, config.test_episodes, config.seed)
     result = {**_described(config, problem, score), "seeds": [config.seed], "minutes": _minutes(folder, config.batch)}
@@ -132,7 +135,7 @@ def evaluate(
       The JSON file written into the run's folder.
     """
     config, _, theta = _read(run)
-    changed = {"shots": shots or config.shots, "test_steps": config.test_steps if steps is None else steps}
+    changed = {"shots": config.shots if shots is None else shots, "test_steps": config.test_steps if steps is None else steps}
     config = dataclasses.replace(config, **changed)
     problem = presets.make_problem(config)
     tasks = getattr(problem, split)

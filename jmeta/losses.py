@@ -21,7 +21,7 @@ def xent(outputs: jax.Array, y: jax.Array, mask: jax.Array | None = None) -> jax
     The MAML paper's code sums over the ways * shots examples and divides by the shots, which is `ways` times this mean: its
     inner rates of 0.4, 0.1 and 0.01 correspond to 2.0, 2.0 and 0.05 here.
 
-    >>> float(xent(jnp.zeros((3, 2)), jnp.array([0, 1, 1])).round(4))
+    >>> print(f"{xent(jnp.zeros((3, 2)), jnp.array([0, 1, 1])):.4f}")
     0.6931
     """
     return masked_mean(optax.softmax_cross_entropy_with_integer_labels(outputs, y), mask)
@@ -42,7 +42,16 @@ def mse(outputs: jax.Array, y: jax.Array, mask: jax.Array | None = None) -> jax.
 
 
 def accuracy(outputs: jax.Array, y: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """Share of examples whose largest logit `[N, classes]` is at the integer label `[N]`, from 0 to 1."""
+    """Share of examples whose largest logit `[N, classes]` is at the integer label `[N]`, from 0 to 1.
+
+    Raises:
+      ValueError: the targets are no class labels.
+    """
+    if not jnp.issubdtype(y.dtype, jnp.integer) or y.shape != outputs.shape[:-1]:
+        raise ValueError(
+            f"accuracy: y must be integer labels of shape {outputs.shape[:-1]}, got {y.dtype} {y.shape}. Usual cause: regression "
+            "tasks; give fewshot or Validation a metric of their own, such as metric=jm.mse."
+        )
     return masked_mean((outputs.argmax(-1) == y).astype(jnp.float32), mask)
 
 

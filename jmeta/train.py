@@ -233,11 +233,13 @@ def fit(
       KeyboardInterrupt, SystemExit: the run was interrupted, and saved if it has a workdir.
     """
     plan = _Plan(steps, batch, save_every, log_every, validate)
-    _check_kinds(key, learner, tasks, outer)
+    _check_kinds(key, learner, tasks, outer, theta)
+    if workdir is not None:
+        checkpoint.check_workdir(workdir, resume)
     start_theta: Theta = learner.init(key) if theta is None else theta
     if chunk is None:
         chunk = checkpoint.kept_chunk(workdir, resume) or default_chunk(start_theta.params, batch)
-    _check(start_theta, plan, chunk)
+    _check(plan, chunk)
     start_theta, best = (jax.tree.map(jnp.copy, start_theta) for _ in range(2))  # the one is donated, the other kept
     state = outer.init(_learned(start_theta)) if state is None else jax.tree.map(jnp.copy, state)
     start = checkpoint.Snapshot(start_theta, state, 0, jax.random.key_data(key), best if validate else (), -math.inf)
@@ -245,7 +247,7 @@ def fit(
     dispatch = functools.partial(_dispatch, *program)
     if _is_traced(dispatch, key, start, tasks, batch):
         return _fit_traced(functools.partial(_run, *program), key, start, tasks, plan, workdir)
-    folder = None if workdir is None else checkpoint.open_run(workdir, resume, config, labels, chunk)
+    folder = None if workdir is None else checkpoint.open_run(workdir, resume, config, labels, chunk=chunk, batch=batch)
     if folder is not None and checkpoint.latest(folder) is not None:
         start = _taken_up(checkpoint.read(folder, start), key, steps, folder)
         checkpoint.keep_config(folder, config)
@@ -288,7 +290,7 @@ def _loop(dispatch, key, tasks, now, plan, report, folder, received) -> Fit:
             pending.append(rows)
             stop = bool(received)
             row = {"step": now.step, **_means(pending)}
-            report.advance(now.step, row)
+            report.advance(now.step, {**row, "tasks_per_second": plan.batch * count / (time.perf_counter() - began)})
             if plan.validate and plan.due(now.step, plan.validate.every):
                 now, score = _validated(key, plan.validate, now)
                 valid_steps.append(now.step)
@@ -301,7 +303,11 @@ def _loop(dispatch, key, tasks, now, plan, report, folder, received) -> Fit:
             if folder is not None and (stop or plan.due(now.step, plan.save_every)):
                 checkpoint.write(folder, now)
             if stop:
-                _leave(received[0], now.step, str(folder))
+                break
+    if folder is not None and not history:
+        checkpoint.write(folder, now)
+    if received:
+        _leave(received[0], now.step, str(folder))
     rows = jax.tree.map(lambda *parts: np.concatenate(parts), *history) if history else {}
     if plan.validate:
         rows |= {"valid_step": np.array(valid_steps), "valid_score": np.array(valid_scores)}
@@ -318,7 +324,7 @@ def _fit_traced(run, key, start, tasks, plan, workdir) -> Fit:
 
 def _is_traced(dispatch, key, start, tasks, batch) -> bool:
     """Whether `fit` runs under a transformation: an argument, or something the learner was made from, is a tracer."""
-    arguments = (key, start.theta, start.state)
+    arguments = (key, start.theta, start.state, tasks.data)
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(arguments)):
         return True
     with _staging(tasks, key, batch) as block_of:
@@ -398,7 +404,7 @@ def _leave(number: int, step: int, folder: str) -> None:
     raise SystemExit(128 + number)
 
 
-def _check_kinds(key: Any, learner: Any, tasks: Any, outer: Any) -> None:
+def _check_kinds(key: Any, learner: Any, tasks: Any, outer: Any, theta: Any) -> None:
     if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         raise TypeError(f"fit: key must be a typed key as jax.random.key(0) makes it, got {type(key).__name__}.")
     for name, value, kind in (("learner", learner, MetaLearner), ("tasks", tasks, Tasks)):
@@ -406,11 +412,11 @@ def _check_kinds(key: Any, learner: Any, tasks: Any, outer: Any) -> None:
             raise TypeError(f"fit: {name} must be a jmeta.{kind.__name__}, got {type(value).__name__}.")
     if not isinstance(outer, optax.GradientTransformation):
         raise TypeError(f"fit: outer must be an optax optimiser such as optax.adam(1e-3), got {outer!r}.")
-
-
-def _check(theta: Any, plan: _Plan, chunk: int) -> None:
-    if not isinstance(theta, Theta):
+    if theta is not None and not isinstance(theta, Theta):
         raise TypeError(f"fit: theta must be a jmeta.Theta, got {type(theta).__name__}. Usual cause: its params alone.")
+
+
+def _check(plan: _Plan, chunk: int) -> None:
     for name in ("batch", "save_every", "log_every"):
         if getattr(plan, name) < 1:
             raise ValueError(f"fit: {name} must be at least 1, got {getattr(plan, name)}.")

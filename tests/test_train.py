@@ -154,6 +154,7 @@ def test_a_base_that_depends_on_the_task_needs_a_meta_batch_of_one(key):
         ({"steps": -1}, ValueError, "steps must be at least 0"),
         ({"key": jnp.zeros(2, jnp.uint32)}, TypeError, "typed key"),
         ({"outer": optax.adam}, TypeError, "outer must be an optax optimiser"),
+        ({"theta": {"w": 1}}, TypeError, "theta must be a jmeta.Theta"),
         ({"tasks": TASKS.sample}, TypeError, "tasks must be a jmeta.Tasks"),
         ({"learner": toys.net()}, TypeError, "learner must be a jmeta.MetaLearner"),
     ],
@@ -184,6 +185,37 @@ def test_a_resumed_run_keeps_its_chunk_and_notes_its_steps(key, tmp_path):
     described = checkpoint.read_run(tmp_path / "run")
     assert described["chunk"] == 2 and described["config"] == {"steps": 3}
     assert checkpoint.kept_chunk(tmp_path / "run", False) is None
+
+
+def test_stopped_before_its_first_validation_a_run_gives_its_last_theta(key, tmp_path):
+    learner = _learner()
+    for steps in (1, 12):
+        watch = jm.Validation(learner, TASKS, episodes=20, every=10)
+        _fit(key, steps, learner, workdir=tmp_path / str(steps), validate=watch if steps > 1 else None)
+    assert np.isfinite(checkpoint.read(tmp_path / "12", _snapshot(key, learner)).score)
+    unvalidated = _snapshot(key, learner)._replace(theta=_fit(key, 1, learner).last)
+    folder = checkpoint.open_run(tmp_path / "stopped", False, None, ())
+    checkpoint.write(folder, unvalidated)
+    chex.assert_trees_all_equal(checkpoint.read_theta(folder, unvalidated.theta), unvalidated.theta)
+
+
+def _snapshot(key, learner):
+    theta = learner.init(key)
+    return checkpoint.Snapshot(theta, OUTER.init(theta), 0, jax.random.key_data(key), theta, -np.inf)
+
+
+def test_scores_and_small_numbers_are_kept_whole(key, tmp_path):
+    snapshot = _snapshot(key, _learner())._replace(step=3, score=0.9533333333333333)
+    folder = checkpoint.open_run(tmp_path / "run", False, None, ())
+    checkpoint.write(folder, snapshot)
+    again = checkpoint.read(folder, snapshot)
+    assert again.score == snapshot.score and again.step == 3
+
+
+def test_a_resumed_run_must_have_the_same_batch(key, tmp_path):
+    _fit(key, 2, workdir=tmp_path / "run")
+    with pytest.raises(ValueError, match="began with batch 4, got 8"):
+        _fit(key, 4, workdir=tmp_path / "run", batch=8, chunk=4, resume=True)
 
 
 def test_what_a_user_has_is_not_overwritten(key, tmp_path):

@@ -140,8 +140,10 @@ def _check_differentiable(rule: Rule, model: Model) -> None:
         return
 
     def slope(zeros):
+        context = {"step": 0, "phase": rule.phase(0), "hyper": rule.init(zeros), "key": jax.random.key(0)}
+
         def update(grads):
-            return rule.update.update(grads, rule.update.init(zeros), zeros, hyper=rule.init(zeros))[0]
+            return rule.update.update(grads, rule.update.init(zeros), zeros, **context)[0]
 
         ones = jax.tree.map(jnp.ones_like, zeros)
         _, tangents = jax.jvp(update, (zeros,), (ones,))

@@ -138,6 +138,8 @@ def mlp(outputs: int, *, hidden: tuple[int, ...] = (40, 40), shape: tuple[int, .
     ('layer1', 'layer2', 'head')
     """
     _check("mlp", {"outputs": outputs, **{f"hidden[{i}]": size for i, size in enumerate(hidden)}}, norm, shape, None)
+    if norm == "instance":
+        raise ValueError("mlp: norm 'instance' would leave nothing of single values; use 'layer' or 'group'.")
     names = tuple(f"layer{number}" for number in range(1, len(hidden) + 1))
     return _build(_Mlp(outputs, tuple(hidden), norm), shape, (*names, "head"), norm)
 
@@ -161,6 +163,7 @@ def conv4(
     Raises:
       ValueError: a size is below 1, the norm is unknown, or pooled images would vanish.
 
+    >>> import jax
     >>> model = conv4(5)
     >>> model.apply(model.init(jax.random.key(0)), jnp.zeros((2, 28, 28, 1))).shape
     (2, 5)
@@ -191,6 +194,8 @@ def resnet12(
     Returns:
       A model with layers block1, ..., head, from `[N, height, width, channels]` to logits `[N, ways]`.
     """
+    if len(shape) == 3 and min(shape[:2]) < 2 ** len(widths):
+        raise ValueError(f"resnet12: shape {shape} is pooled away; {len(widths)} blocks need {2 ** len(widths)} pixels a side.")
     _check("resnet12", {"ways": ways, **{f"widths[{i}]": size for i, size in enumerate(widths)}}, norm, shape, 3)
     names = tuple(f"block{number}" for number in range(1, len(widths) + 1))
     return _build(_ResNet12(ways, tuple(widths), norm), shape, (*names, "head"), norm)

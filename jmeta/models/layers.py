@@ -112,7 +112,7 @@ def normalise(norm: Norm, x: jax.Array) -> jax.Array:
     """
     axes = tuple(range(1, x.ndim))
     if norm == "group":
-        groups = next(count for count in (8, 4, 2, 1) if x.shape[-1] % count == 0)
+        groups = next(count for count in (8, 4, 2, 1) if x.shape[-1] % count == 0 and x.shape[-1] > count)
         return nn.GroupNorm(num_groups=groups, name="norm")(x)
     if norm == "layer":
         return nn.LayerNorm(reduction_axes=axes, name="norm")(x)

@@ -22,7 +22,7 @@ def only(layers: str | tuple[str, ...], rule: Rule | optax.GradientTransformatio
 
     Args:
       layers: a name, or several, at the top level of the parameters.
-      rule: how those layers are adapted; it sees them alone.
+      rule: how those layers are adapted; its resets, gates and updates change them alone.
 
     Returns:
       A rule.
@@ -33,21 +33,35 @@ def only(layers: str | tuple[str, ...], rule: Rule | optax.GradientTransformatio
     >>> rule = only("head", optax.sgd(0.1))
     >>> params = {"body": jnp.ones(2), "head": jnp.ones(1)}
     >>> updates, _ = rule.update.update(params, rule.update.init(params), params)
-    >>> {name: float(leaf[0].round(2)) for name, leaf in updates.items()}
-    {'body': 0.0, 'head': -0.1}
+    >>> print(f"body {updates['body'][0]:.1f}, head {updates['head'][0]:.1f}")
+    body 0.0, head -0.1
     """
     names = (layers,) if isinstance(layers, str) else tuple(layers)
 
-    def label(params):
+    def check(params):
         unknown = [name for name in names if name not in params]
         if unknown:
             raise ValueError(f"only: layers {unknown} are not among the parameters, whose top level is {list(params)}.")
+
+    def label(params):
+        check(params)
         sides = {name: "adapted" if name in names else "frozen" for name in params}
         return {name: jax.tree.map(lambda _, side=side: side, params[name]) for name, side in sides.items()}
 
     inner = chain(rule)
     update = optax.partition({"adapted": inner.update, "frozen": optax.set_to_zero()}, label)
-    return inner._replace(name="only", update=optax.with_extra_args_support(update), parts=None)
+
+    def among(params, changed):
+        check(params)
+        return {**params, **{name: changed[name] for name in names}}
+
+    return inner._replace(
+        name="only",
+        reset=lambda key, params, support, **context: among(params, inner.reset(key, params, support, **context)),
+        gate=lambda params, **context: among(params, inner.gate(params, **context)),
+        update=optax.with_extra_args_support(update),
+        parts=None,
+    )
 
 
 @memoise

@@ -54,6 +54,12 @@ def test_too_few_episodes_have_no_interval(key):
         jm.fewshot(key, learner, learner.init(key), toys.blobs(), 1)
 
 
+def test_regression_needs_a_metric_of_its_own(key):
+    learner = jm.maml(jm.mlp(1), jm.mse, optax.sgd(0.01), jm.repeat(1))
+    with pytest.raises(ValueError, match=r"metric=jm\.mse"):
+        jm.fewshot(key, learner, learner.init(key), jm.sinusoid(5), 5)
+
+
 def test_losses(key):
     logits, y, mask = jnp.array([[2.0, 0.0], [0.0, 1.0], [5.0, 0.0]]), jnp.array([0, 0, 1]), jnp.array([1.0, 1.0, 0.0])
     assert float(jm.accuracy(logits, y)) == pytest.approx(1 / 3)

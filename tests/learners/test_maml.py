@@ -124,3 +124,22 @@ def test_differentiable_inner_optimisers_are_taken(key, rule):
 
 def test_first_order_takes_any_inner_optimiser(key):
     chex.assert_tree_all_finite(_grad(key, jm.maml(toys.net(), jm.xent, optax.adam(0.1), jm.repeat(2), order=1))[1])
+
+
+def test_only_confines_resets_and_gates_too(key):
+    rule = jm.only("head", jm.chain(toys.noisy(), toys.shrinking(), optax.sgd(0.1)))
+    learner = jm.maml(toys.net(), jm.xent, rule, jm.repeat(1))
+    theta = learner.init(key)
+    phi = learner.adapt(key, theta, toys.blobs().sample(key, ()).support)
+    assert _equal(phi.params["layer1"], theta.params["layer1"])
+    gated = jm.chain(rule).gate(theta.params, step=0, hyper=theta.hyper, key=None)
+    assert _equal(gated["layer2"], theta.params["layer2"]) and not _equal(gated["head"], theta.params["head"])
+
+
+def test_a_random_update_passes_the_check_of_second_order(key):
+    def update(updates, state, params=None, *, key, **_):
+        return jax.tree.map(lambda g: g * jax.random.uniform(key), updates), state
+
+    both = optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+    rule = jm.chain(jm.Rule("random", update=both), optax.sgd(0.1, momentum=0.9))
+    chex.assert_tree_all_finite(_grad(key, jm.maml(toys.net(), jm.xent, rule, jm.repeat(2)))[1])

@@ -76,6 +76,8 @@ def test_batch_norm_has_mean_0_and_variance_1(key):
         (lambda: jm.conv4(5, norm="bach"), "norm must be one of"),
         (lambda: jm.conv4(5, shape=(28, 28)), "shape must be"),
         (lambda: jm.conv4(5, pool=True, shape=(12, 12, 1)), "pooled away"),
+        (lambda: jm.resnet12(5, shape=(8, 8, 3)), "pooled away"),
+        (lambda: jm.mlp(1, norm="instance"), "instance"),
         (lambda: jm.mlp(1, hidden=(4, 0)), r"hidden\[1\] must be at least 1"),
     ],
 )
