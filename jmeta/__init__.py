@@ -19,6 +19,7 @@ from jmeta.learners.maml import meta_sgd as meta_sgd
 from jmeta.losses import accuracy as accuracy
 from jmeta.losses import mse as mse
 from jmeta.losses import xent as xent
+from jmeta.mesh import task_mesh as task_mesh
 from jmeta.models.adapters import from_linen as from_linen
 from jmeta.models.adapters import from_nnx as from_nnx
 from jmeta.models.backbones import conv4 as conv4

@@ -1,9 +1,11 @@
 """The command line: `jmeta train [PRESET]`, `eval`, `adapt`, `presets`, `data`, `plot`."""
 
 import dataclasses
+import os
 import sys
 from typing import Annotated
 
+import jax
 import tyro
 
 from jmeta import checkpoint, commands, presets
@@ -29,6 +31,8 @@ class _Where:
 
     out: str | None = None
     """A new folder for the run; runs/PRESET-DATE-TIME if not given."""
+    devices: int | None = None
+    """Devices (cores, on a CPU) that the tasks of a meta-step are spread over; all that can take equal shares if not given."""
 
 
 def _train(args: list[str]) -> None:
@@ -40,7 +44,8 @@ def _train(args: list[str]) -> None:
     default = presets.preset(name)
     prog = f"jmeta train {name}"
     where, config = _parse(prog, args[named:], default)
-    print(commands.train(config, where.out, name=name))
+    _count_cores(where.devices)
+    print(commands.train(config, where.out, name=name, devices=where.devices))
 
 
 def _resume(args: list[str]) -> None:
@@ -54,7 +59,14 @@ def _resume(args: list[str]) -> None:
         raise ValueError("train: --resume goes on in the folder of its run; it takes no --out.")
     if config.outer_schedule == "cosine" and changed.steps != config.steps:
         raise ValueError(f"train: the outer rate of {run} falls along a cosine over {config.steps} steps, which cannot change now.")
-    print(commands.train(changed, run, resume=True))
+    _count_cores(where.devices or checkpoint.kept(run, True, "devices"))
+    print(commands.train(changed, run, resume=True, devices=where.devices))
+
+
+def _count_cores(devices: int | None) -> None:
+    """Has JAX see each core of a CPU as a device. Tasks spread over cores run faster than cores that share one task's work."""
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", devices or checkpoint.usable_cores())
 
 
 def _parse(prog: str, args: list[str], default: presets.Config) -> tuple[_Where, presets.Config]:

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import platform
+import warnings
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,11 +46,12 @@ def versions() -> dict[str, str]:
     found = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}
     device = jax.devices()[0]
     kind = platform.processor() or platform.machine() if device.platform == "cpu" else device.device_kind
-    cpus = _usable_cores() if device.platform == "cpu" else jax.device_count()
+    cpus = usable_cores() if device.platform == "cpu" else jax.device_count()
     return {"python": platform.python_version(), **found, "device": f"{device.platform} {kind} x{cpus}"}
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
+    """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -84,7 +86,7 @@ def read_run(run: str | Path) -> dict[str, Any]:
     return described
 
 
-def open_run(workdir: str | Path, resume: bool, config: Any, labels: tuple[str, ...], **kept: int) -> Path:
+def open_run(workdir: str | Path, resume: bool, config: Any, labels: tuple[str, ...], devices: int = 1, **kept: int) -> Path:
     """Makes the folder of a run, or with `resume` takes up the one there.
 
     Args:
@@ -92,6 +94,7 @@ def open_run(workdir: str | Path, resume: bool, config: Any, labels: tuple[str, 
       resume: whether a run there is taken up.
       config: a dataclass or dict to keep.
       labels: names to keep.
+      devices: that the tasks are spread over; a run resumed on other devices goes on with a warning.
       **kept: numbers to keep that a resumed run must share, since others would change what is computed.
 
     Returns:
@@ -109,10 +112,17 @@ def open_run(workdir: str | Path, resume: bool, config: Any, labels: tuple[str, 
         for name, value in kept.items():
             if described.get(name, value) != value:
                 raise ValueError(f"resume: the run in {folder} began with {name} {described[name]}, got {value}.")
+        began = described.get("devices", 1)
+        if began != devices:
+            warnings.warn(
+                f"resume: the run in {folder} began with {began} devices and goes on with {devices}: with the same tasks, and the "
+                "same numbers up to the order of sums, but no longer bit for bit.",
+                stacklevel=3,
+            )
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    described = {"format": FORMAT, "config": plain(config), "labels": list(labels), **kept, "versions": versions()}
-    write_json(folder / "run.json", described)
+    described = {"format": FORMAT, "config": plain(config), "labels": list(labels), "devices": devices, **kept}
+    write_json(folder / "run.json", {**described, "versions": versions()})
     return folder
 
 
@@ -132,11 +142,11 @@ def check_workdir(workdir: str | Path, resume: bool) -> None:
         raise FileExistsError(f"workdir: {workdir} is not empty and holds no run of jmeta; give a new or an empty folder.")
 
 
-def kept_chunk(workdir: str | Path | None, resume: bool) -> int | None:
-    """The chunk that a run to be resumed began with."""
+def kept(workdir: str | Path | None, resume: bool, name: str) -> int | None:
+    """The number of that name ("chunk", "devices") that a run to be resumed began with."""
     if workdir is None or not resume or not (Path(workdir) / "run.json").is_file():
         return None
-    return read_run(workdir).get("chunk")
+    return read_run(workdir).get(name)
 
 
 def keep_config(folder: Path, config: Any) -> None:

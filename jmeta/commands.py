@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from jax.sharding import Mesh
 
 from jmeta import checkpoint, presets, runs
 from jmeta.core import Batch, MetaLearner, Theta
 from jmeta.evaluate.fewshot import Score, fewshot
+from jmeta.mesh import check_batch, share, task_mesh
 from jmeta.presets import Config, Problem
 from jmeta.tasks.images import Images, from_folder, invert, is_picture, read_picture
 from jmeta.train import Fit, Validation, fit
@@ -22,7 +24,9 @@ PAPER = 127  # a border brighter than this is paper: the ink is dark
 TEST_KEY, EPISODE_KEY, ADAPT_KEY = 1, 2, 3  # folded into the seed's key, after the training's own
 
 
-def train(config: Config, workdir: str | Path | None = None, *, name: str = "run", resume: bool = False) -> Path:
+def train(
+    config: Config, workdir: str | Path | None = None, *, name: str = "run", resume: bool = False, devices: int | None = None
+) -> Path:
     """Trains, tests on unseen classes, and leaves checkpoints, metrics.jsonl, result.json and pictures in a folder.
 
     Args:
@@ -30,6 +34,8 @@ def train(config: Config, workdir: str | Path | None = None, *, name: str = "run
       workdir: a new folder; `runs/NAME-DATE-TIME` if None.
       name: of the preset, for that folder.
       resume: go on with the run in workdir.
+      devices: that the tasks of a meta-step are spread over; if None, what a resumed run began with, or all that can take equal
+        shares of the meta-batch.
 
     Returns:
       The folder.
@@ -41,8 +47,9 @@ def train(config: Config, workdir: str | Path | None = None, *, name: str = "run
     checkpoint.check_workdir(folder, resume)
     if config.chunk is not None and (config.chunk < 1 or config.batch % config.chunk):
         raise ValueError(f"train: batch must be divisible by chunk, got batch {config.batch} and chunk {config.chunk}.")
+    mesh = _mesh(config, devices or checkpoint.kept(folder, resume, "devices"))
     problem = presets.make_problem(config)
-    done = _fit(config, problem, folder, resume)
+    done = _fit(config, problem, folder, resume, mesh)
     score = _test(config, problem, done.theta, problem.test, config.test_episodes, config.seed)
     result = {**_described(config, problem, score), "seeds": [config.seed], "minutes": _minutes(folder, config.batch)}
     checkpoint.write_json(folder / "result.json", result)
@@ -60,7 +67,13 @@ def _minutes(folder: Path, batch: int) -> float:
     return round(seconds / 60, 1)
 
 
-def _fit(config: Config, problem: Problem, folder: Path, resume: bool) -> Fit:
+def _mesh(config: Config, devices: int | None) -> Mesh | None:
+    mesh = task_mesh(share(config.batch, jax.device_count()) if devices is None else devices)
+    check_batch(config.batch, mesh)
+    return mesh
+
+
+def _fit(config: Config, problem: Problem, folder: Path, resume: bool, mesh: Mesh | None) -> Fit:
     validate = None
     if problem.valid is not None:
         tested = presets.make_learner(config, config.test_steps)
@@ -74,6 +87,7 @@ def _fit(config: Config, problem: Problem, folder: Path, resume: bool) -> Fit:
         config.batch,
         validate=validate,
         chunk=config.chunk,
+        mesh=mesh,
         workdir=folder,
         resume=resume,
         config=config,

@@ -22,10 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
+from jax.sharding import Mesh
 
 from jmeta import checkpoint, log
 from jmeta.core import MetaLearner, Tasks, Theta, default_chunk
 from jmeta.evaluate.fewshot import Score, fewshot
+from jmeta.mesh import check_batch, count_devices, on_one, replicate, spread
 
 DISPATCH = 100  # most meta-steps in one call of the compiled program
 STAGED_DISPATCH = 10  # the same where images are fetched from the host
@@ -82,14 +84,15 @@ def _mean_over_tasks(leaf: jax.Array) -> jax.Array:
     return leaf.mean(0) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf[-1]
 
 
-def batch_gradient(learner: MetaLearner, sample: Callable, batch: int, chunk: int) -> Callable:
-    """The meta-gradient of a batch of tasks, `chunk` tasks at a time.
+def batch_gradient(learner: MetaLearner, sample: Callable, batch: int, chunk: int, mesh: Mesh | None = None) -> Callable:
+    """The meta-gradient of a batch of tasks, `chunk` tasks at a time on each device.
 
     Args:
       learner: a meta-learner.
       sample: `(key, data) -> Task`.
       batch: tasks of a meta-batch.
       chunk: tasks that are vmapped together; chunks are scanned and their gradients accumulated.
+      mesh: devices that the tasks are spread over.
 
     Returns:
       `(key, theta, data, meta_step, staged=False) -> (base, gradient, info)`: means over the tasks; `data` has a leading axis
@@ -107,36 +110,46 @@ def batch_gradient(learner: MetaLearner, sample: Callable, batch: int, chunk: in
             )
         return (base if batch == 1 else base.memory), gradient, info
 
-    def gradient(key, theta, data, meta_step, staged=False):
-        keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(batch))
-        if batch == 1:
-            return one(theta, jax.tree.map(lambda leaf: leaf[0], data) if staged else data, meta_step, keys[0])
-        axis = 0 if staged else None
+    def over_tasks(keys, theta, shared, own, meta_step):
+        """Means over the tasks of one device: `own` holds the data of each task, `shared` that of all, and one of them is empty."""
+        count = len(keys)
 
         def part(total, keys_and_data):
-            keys, part_data = keys_and_data
-            part_data = part_data if staged else data
+            keys, part_own = keys_and_data
+            data, axis = (part_own, 0) if jax.tree.leaves(own) else (shared, None)
             if chunk == 1:
-                first = jax.tree.map(lambda leaf: leaf[0], part_data) if staged else part_data
+                first = jax.tree.map(lambda leaf: leaf[0], data) if axis == 0 else data
                 memory, grads, info = one(theta, first, meta_step, keys[0])
                 return jax.tree.map(jnp.add, total, grads), (memory, info)
             tasks = jax.vmap(functools.partial(one, theta), (axis, None, 0))
-            memories, grads, info = tasks(part_data, meta_step, keys)
+            memories, grads, info = tasks(data, meta_step, keys)
             total = jax.tree.map(lambda t, g: t + g.sum(0), total, grads)
             return total, jax.tree.map(_mean_over_tasks, (memories, info))
 
         zeros = jax.tree.map(jnp.zeros_like, _learned(theta))
-        chunks = jax.tree.map(lambda leaf: leaf.reshape(batch // chunk, chunk, *leaf.shape[1:]), (keys, data if staged else ()))
+        chunks = jax.tree.map(lambda leaf: leaf.reshape(count // chunk, chunk, *leaf.shape[1:]), (keys, own))
         total, rest = jax.lax.scan(part, zeros, chunks)
         memory, info = jax.tree.map(_mean_over_tasks, rest)
-        return theta._replace(memory=memory), jax.tree.map(lambda leaf: leaf / batch, total), info
+        return memory, jax.tree.map(lambda leaf: leaf / count, total), info
+
+    shares = spread(over_tasks, mesh, (True, False, False, True, False))
+
+    def gradient(key, theta, data, meta_step, staged=False):
+        keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(batch))
+        if batch == 1:
+            return one(theta, jax.tree.map(lambda leaf: leaf[0], data) if staged else data, meta_step, keys[0])
+        shared, own = ((), data) if staged else (data, ())
+        memory, grads, info = shares(keys, theta, shared, own, meta_step)
+        return theta._replace(memory=memory), grads, info
 
     return gradient
 
 
-def meta_step(learner: MetaLearner, sample: Callable, outer: optax.GradientTransformation, batch: int, chunk: int) -> Callable:
+def meta_step(
+    learner: MetaLearner, sample: Callable, outer: optax.GradientTransformation, batch: int, chunk: int, mesh: Mesh | None = None
+) -> Callable:
     """One step of the outer optimiser: `(key, carry, data, step, staged) -> (carry, info)`."""
-    gradient_of = batch_gradient(learner, sample, batch, chunk)
+    gradient_of = batch_gradient(learner, sample, batch, chunk, mesh)
     outer = optax.with_extra_args_support(outer)
 
     def step(key, carry, data, number, staged=False):
@@ -154,9 +167,9 @@ def meta_step(learner: MetaLearner, sample: Callable, outer: optax.GradientTrans
     return step
 
 
-def _run(learner, sample, outer, batch, chunk, size, key, carry, data, first, count, block):
+def _run(learner, sample, outer, batch, chunk, mesh, size, key, carry, data, first, count, block):
     """`count` meta-steps from step `first`; `block` is the step of `data[0]` where data is staged, else None."""
-    step = meta_step(learner, sample, outer, batch, chunk)
+    step = meta_step(learner, sample, outer, batch, chunk, mesh)
 
     def now(number):
         return data if block is None else jax.tree.map(lambda leaf: leaf[number - block], data)
@@ -176,7 +189,7 @@ def _run(learner, sample, outer, batch, chunk, size, key, carry, data, first, co
     return jax.lax.fori_loop(0, count, body, (carry, rows))
 
 
-_dispatch = jax.jit(_run, static_argnums=range(6), donate_argnums=7)
+_dispatch = jax.jit(_run, static_argnums=range(7), donate_argnums=8)
 
 
 def fit(
@@ -191,6 +204,7 @@ def fit(
     state: Any = None,
     validate: Validation | None = None,
     chunk: int | None = None,
+    mesh: Mesh | None = None,
     workdir: str | Path | None = None,
     resume: bool = False,
     config: Any = None,
@@ -213,7 +227,8 @@ def fit(
       theta: where to start; `learner.init` if None. It is copied, not consumed.
       state: the outer optimiser's state to start from; a fresh one if None.
       validate: how the best theta is chosen; None returns the last.
-      chunk: tasks that are vmapped together, a divisor of batch; chosen by device and network if None.
+      chunk: tasks that are vmapped together, a divisor of each device's share of batch; chosen by device and network if None.
+      mesh: devices that the tasks of a meta-step are spread over, as `jmeta.task_mesh()` makes it; None uses one.
       workdir: a new folder for checkpoints, `metrics.jsonl` and TensorBoard; with it, Ctrl-C and SIGTERM save before they end
         the run.
       resume: go on with the run in workdir, bit for bit as if it had not stopped; a new one begins where there is none.
@@ -232,22 +247,26 @@ def fit(
       FloatingPointError: the loss or its gradient is no longer finite; the message says at which step and what is saved.
       KeyboardInterrupt, SystemExit: the run was interrupted, and saved if it has a workdir.
     """
-    plan = _Plan(steps, batch, save_every, log_every, validate)
+    plan = _Plan(steps, batch, save_every, log_every, validate, mesh)
     _check_kinds(key, learner, tasks, outer, theta)
     if workdir is not None:
         checkpoint.check_workdir(workdir, resume)
     start_theta: Theta = learner.init(key) if theta is None else theta
     if chunk is None:
-        chunk = checkpoint.kept_chunk(workdir, resume) or default_chunk(start_theta.params, batch)
+        chunk = checkpoint.kept(workdir, resume, "chunk") or default_chunk(start_theta.params, batch // count_devices(mesh))
     _check(plan, chunk)
     start_theta, best = (jax.tree.map(jnp.copy, start_theta) for _ in range(2))  # the one is donated, the other kept
     state = outer.init(_learned(start_theta)) if state is None else jax.tree.map(jnp.copy, state)
     start = checkpoint.Snapshot(start_theta, state, 0, jax.random.key_data(key), best if validate else (), -math.inf)
-    program = learner, tasks.sample, outer, batch, chunk
+    program = learner, tasks.sample, outer, batch, chunk, mesh
     dispatch = functools.partial(_dispatch, *program)
     if _is_traced(dispatch, key, start, tasks, batch):
         return _fit_traced(functools.partial(_run, *program), key, start, tasks, plan, workdir)
-    folder = None if workdir is None else checkpoint.open_run(workdir, resume, config, labels, chunk=chunk, batch=batch)
+    folder = (
+        None
+        if workdir is None
+        else checkpoint.open_run(workdir, resume, config, labels, count_devices(mesh), chunk=chunk, batch=batch)
+    )
     if folder is not None and checkpoint.latest(folder) is not None:
         start = _taken_up(checkpoint.read(folder, start), key, steps, folder)
         checkpoint.keep_config(folder, config)
@@ -261,6 +280,7 @@ class _Plan(NamedTuple):
     save_every: int
     log_every: int
     validate: Validation | None
+    mesh: Mesh | None
 
     def boundary(self, step: int) -> int:
         """The next step after `step` at which something is due."""
@@ -274,17 +294,20 @@ class _Plan(NamedTuple):
 def _loop(dispatch, key, tasks, now, plan, report, folder, received) -> Fit:
     """Dispatches until the last step; logs, validates and saves where they are due."""
     history, pending, since = [], [], time.perf_counter()
+    everywhere = functools.partial(replicate, mesh=plan.mesh)
+    now = now._replace(theta=everywhere(now.theta), state=everywhere(now.state))
+    shared_key, shared = everywhere(key), tasks._replace(data=everywhere(tasks.data))
     valid_steps, valid_scores, pace = [], [], 1
-    with _staging(tasks, key, plan.batch) as block_of:
+    with _staging(shared, key, plan.batch) as block_of:
         while now.step < plan.steps:
             data, block, end = block_of(now.step)
             count = min(plan.boundary(now.step), end, now.step + pace) - now.step
-            size = DISPATCH if block is None else STAGED_DISPATCH
+            longest = DISPATCH if block is None else STAGED_DISPATCH
             began = time.perf_counter()
-            carry, rows = dispatch(size, key, _Carry(now.theta, now.state), data, now.step, count, block)
+            carry, rows = dispatch(longest, shared_key, _Carry(now.theta, now.state), data, now.step, count, block)
             rows = jax.tree.map(lambda leaf, count=count: np.asarray(leaf)[:count], rows)
             _check_finite(rows, now.step, folder)
-            pace = _next_pace(pace, time.perf_counter() - began, size)
+            pace = _next_pace(pace, time.perf_counter() - began, longest)
             now = now._replace(theta=carry.theta, state=carry.state, step=now.step + count)
             history.append(rows)
             pending.append(rows)
@@ -292,7 +315,7 @@ def _loop(dispatch, key, tasks, now, plan, report, folder, received) -> Fit:
             row = {"step": now.step, **_means(pending)}
             report.advance(now.step, {**row, "tasks_per_second": plan.batch * count / (time.perf_counter() - began)})
             if plan.validate and plan.due(now.step, plan.validate.every):
-                now, score = _validated(key, plan.validate, now)
+                now, score = _validated(key, plan, now)
                 valid_steps.append(now.step)
                 valid_scores.append(score.mean)
                 row |= {"valid_score": score.mean, "valid_interval": score.interval}
@@ -311,13 +334,14 @@ def _loop(dispatch, key, tasks, now, plan, report, folder, received) -> Fit:
     rows = jax.tree.map(lambda *parts: np.concatenate(parts), *history) if history else {}
     if plan.validate:
         rows |= {"valid_step": np.array(valid_steps), "valid_score": np.array(valid_scores)}
-    return Fit(now.best if plan.validate else now.theta, now.theta, now.state, rows)
+    theta, state = on_one((now.theta, now.state), plan.mesh)
+    return Fit(now.best if plan.validate else theta, theta, state, rows)
 
 
 def _fit_traced(run, key, start, tasks, plan, workdir) -> Fit:
     """All steps in one dispatch, for `vmap` over whole runs, where nothing is donated."""
-    if workdir is not None or plan.validate is not None or tasks.stage is not None:
-        raise ValueError("fit: under vmap or jit there can be neither workdir nor validate nor host-resident images.")
+    if workdir is not None or plan.validate is not None or plan.mesh is not None or tasks.stage is not None:
+        raise ValueError("fit: under vmap or jit there can be neither workdir nor validate nor mesh nor host-resident images.")
     carry, rows = run(plan.steps, key, _Carry(start.theta, start.state), tasks.data, 0, plan.steps, None)
     return Fit(carry.theta, carry.theta, carry.state, rows)
 
@@ -329,8 +353,8 @@ def _is_traced(dispatch, key, start, tasks, batch) -> bool:
         return True
     with _staging(tasks, key, batch) as block_of:
         data, block, _ = block_of(0)
-    size = DISPATCH if block is None else STAGED_DISPATCH
-    call = functools.partial(dispatch, size)
+    longest = DISPATCH if block is None else STAGED_DISPATCH
+    call = functools.partial(dispatch, longest)
     program = jax.make_jaxpr(call)(key, _Carry(start.theta, start.state), data, 0, 1, block)
     return any(isinstance(constant, Tracer) for constant in program.consts)
 
@@ -422,8 +446,11 @@ def _check(plan: _Plan, chunk: int) -> None:
             raise ValueError(f"fit: {name} must be at least 1, got {getattr(plan, name)}.")
     if plan.steps < 0:
         raise ValueError(f"fit: steps must be at least 0, got {plan.steps}.")
-    if chunk < 1 or plan.batch % chunk:
-        raise ValueError(f"fit: batch must be divisible by chunk, got batch {plan.batch} and chunk {chunk}.")
+    check_batch(plan.batch, plan.mesh)
+    devices = count_devices(plan.mesh)
+    if chunk < 1 or plan.batch // devices % chunk:
+        a_device = f" on each of {devices} devices" if plan.mesh else ""
+        raise ValueError(f"fit: batch must be divisible by chunk, got batch {plan.batch // devices}{a_device} and chunk {chunk}.")
     if plan.validate is not None and plan.validate.every < 1:
         raise ValueError(f"fit: validate.every must be at least 1, got {plan.validate.every}.")
 
@@ -462,9 +489,10 @@ def _means(rows: list[dict[str, np.ndarray]]) -> dict[str, float]:
     return {name: float(np.concatenate([part[name] for part in rows]).mean()) for name in rows[0]}
 
 
-def _validated(key: jax.Array, validate: Validation, now: checkpoint.Snapshot) -> tuple[checkpoint.Snapshot, Score]:
-    key = jax.random.fold_in(key, 2**32 - 1)  # no meta-step has this number
-    score = fewshot(key, validate.learner, now.theta, validate.tasks, validate.episodes, metric=validate.metric)
+def _validated(key: jax.Array, plan: _Plan, now: checkpoint.Snapshot) -> tuple[checkpoint.Snapshot, Score]:
+    key, validate = jax.random.fold_in(key, 2**32 - 1), plan.validate  # no meta-step has this number
+    theta = on_one(now.theta, plan.mesh)
+    score = fewshot(key, validate.learner, theta, validate.tasks, validate.episodes, metric=validate.metric)
     if score.mean > now.score:
-        now = now._replace(best=jax.tree.map(jnp.copy, now.theta), score=score.mean)
+        now = now._replace(best=jax.tree.map(jnp.copy, theta), score=score.mean)
     return now, score

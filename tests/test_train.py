@@ -184,7 +184,7 @@ def test_a_resumed_run_keeps_its_chunk_and_notes_its_steps(key, tmp_path):
         _fit(key, steps, workdir=tmp_path / "run", config={"steps": steps}, chunk=chunk, resume=True)
     described = checkpoint.read_run(tmp_path / "run")
     assert described["chunk"] == 2 and described["config"] == {"steps": 3}
-    assert checkpoint.kept_chunk(tmp_path / "run", False) is None
+    assert checkpoint.kept(tmp_path / "run", False, "chunk") is None
 
 
 def test_stopped_before_its_first_validation_a_run_gives_its_last_theta(key, tmp_path):

@@ -1,0 +1,110 @@
+"""The tasks of a meta-batch, spread over devices: GPUs, TPUs, or the cores of a CPU.
+
+Each device takes its share of the tasks; parameters are replicated, and one mean of the gradients ends a meta-step. This is the job
+that `jax.pmap` used to do.
+
+References:
+  JAX documentation, "Manual parallelism with shard_map" (https://docs.jax.dev/en/latest/notebooks/shard_map.html).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXIS = "tasks"
+
+
+def task_mesh(count: int | None = None) -> Mesh | None:
+    """A mesh of one axis, "tasks", to give to `jmeta.fit`.
+
+    A CPU counts as one device unless JAX is told otherwise before its first computation, for instance by
+    `jax.config.update("jax_num_cpu_devices", 2)`.
+
+    Args:
+      count: devices to use; all if None.
+
+    Returns:
+      The mesh, or None for one device, which needs none.
+
+    Raises:
+      ValueError: there are fewer devices.
+    """
+    devices = jax.devices()
+    count = len(devices) if count is None else count
+    if not 1 <= count <= len(devices):
+        raise ValueError(
+            f"task_mesh: count must be 1 to {len(devices)}, the devices that JAX sees, got {count}. Usual cause: a CPU counts as "
+            'one device until jax.config.update("jax_num_cpu_devices", n) is called, which must be before the first computation.'
+        )
+    return None if count == 1 else jax.make_mesh((count,), (AXIS,), axis_types=(AxisType.Auto,), devices=devices[:count])
+
+
+def share(batch: int, devices: int) -> int:
+    """The most of `devices` devices that can take equal shares of `batch` tasks.
+
+    >>> share(32, 2), share(25, 8), share(1, 8)
+    (2, 5, 1)
+    """
+    return max(count for count in range(1, devices + 1) if batch % count == 0)
+
+
+def count_devices(mesh: Mesh | None) -> int:
+    """Devices of a mesh; 1 if None."""
+    return 1 if mesh is None else mesh.size
+
+
+def check_batch(batch: int, mesh: Mesh | None) -> None:
+    """Refuses a meta-batch that the devices cannot share equally.
+
+    Raises:
+      ValueError: it names the nearest sizes that fit.
+    """
+    devices = count_devices(mesh)
+    below = batch - batch % devices
+    if below != batch:
+        fitting = " and ".join(str(size) for size in (below, below + devices) if size)
+        raise ValueError(
+            f"mesh: batch must be divisible by the number of devices, got batch {batch} and {devices} devices; the nearest batches "
+            f"that fit: {fitting}."
+        )
+
+
+def replicate(tree: Any, mesh: Mesh | None) -> Any:
+    """Puts a copy of every array on every device of the mesh."""
+    return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def on_one(tree: Any, mesh: Mesh | None) -> Any:
+    """The copy on the mesh's first device, so that what follows is computed once and not on every device."""
+    return tree if mesh is None else jax.device_put(tree, mesh.devices.flat[0])
+
+
+def spread(function: Callable, mesh: Mesh | None, split: tuple[bool, ...]) -> Callable:
+    """Runs a function of tasks on every device's share of them.
+
+    Args:
+      function: pure; returns a tree of means over the tasks that it was given.
+      mesh: of axis "tasks"; None leaves the function as it is.
+      split: for each argument of `function`, whether its arrays have a leading axis of tasks to be shared out.
+
+    Returns:
+      The function, whose floats are averaged over devices; anything else (counts) is the last device's.
+    """
+    if mesh is None:
+        return function
+
+    def mean(leaf):
+        if jnp.issubdtype(leaf.dtype, jnp.inexact):
+            return jax.lax.pmean(leaf, AXIS)
+        last = jax.lax.axis_index(AXIS) == mesh.size - 1
+        return jax.lax.psum(jnp.where(last, leaf, jnp.zeros_like(leaf)), AXIS)
+
+    def on_device(*arguments):
+        return jax.tree.map(mean, function(*arguments))
+
+    specs = tuple(PartitionSpec(AXIS) if each else PartitionSpec() for each in split)
+    # Unchecked: a checked shard_map sums the gradient of whatever is replicated over devices of itself, before the mean does.
+    return jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
