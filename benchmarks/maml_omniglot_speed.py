@@ -30,6 +30,7 @@ from flax.traverse_util import flatten_dict
 import jmeta as jm
 from jmeta.checkpoint import write_json
 from jmeta.core import default_chunk
+from jmeta.mesh import count_devices, replicate, share
 from jmeta.train import batch_gradient
 
 TOLERANCE = 1e-6
@@ -100,11 +101,11 @@ def make_contenders(theta: jm.Theta, batch: jm.Task, args: argparse.Namespace) -
 
 
 def jmeta_contender(theta: jm.Theta, batch: jm.Task, args: argparse.Namespace) -> Contender:
-    """The meta-gradient as `fit` computes it, with the chunk that `fit` would choose."""
-    learner = make_learner(args)
-    chunk = default_chunk(theta.params, args.tasks)
-    gradient = jax.jit(batch_gradient(learner, lambda key, task: task, args.tasks, chunk), static_argnames="staged")
-    key = jax.random.key(args.seed)
+    """The meta-gradient as `jmeta train` computes it: tasks spread over the cores, and the chunk that `fit` would choose."""
+    learner, mesh = make_learner(args), jm.task_mesh(share(args.tasks, jax.device_count()))
+    chunk = default_chunk(theta.params, args.tasks // count_devices(mesh))
+    gradient = jax.jit(batch_gradient(learner, lambda key, task: task, args.tasks, chunk, mesh), static_argnames="staged")
+    key, theta, batch = replicate((jax.random.key(args.seed), theta, batch), mesh)
 
     def run():
         return jax.block_until_ready(gradient(key, theta, batch, 0, staged=True))
@@ -231,6 +232,7 @@ def main() -> None:
     """Compares, times, prints, and writes the JSON file."""
     args = arguments()
     jax.config.update("jax_platforms", "cpu")  # where the peers run
+    jm.use_cores()
     where = machine()
     dataset, images = load_images()
     batch = sample_episodes(images, args)

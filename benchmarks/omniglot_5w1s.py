@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import jmeta as jm
 from jmeta import commands, presets
 
 RESULTS = Path(__file__).parent / "results" / "omniglot_5w1s"
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("--split", choices=["customary", "background"], default="background")
     parser.add_argument("--source")
     asked = parser.parse_args()
+    jm.use_cores()
     for method in asked.methods:
         for seed in asked.seeds:
             print(run(method, seed, asked.steps, asked.split, asked.source), flush=True)

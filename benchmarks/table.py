@@ -19,7 +19,7 @@ def omniglot() -> str:
     for path in sorted((RESULTS / "omniglot_5w1s").glob("*.json")):
         result = json.loads(path.read_text())
         config = result["config"]
-        rows[config["split"], config["steps"], config["method"]].append(result)
+        rows[config["split"], config["steps"], config["method"], config["outer_schedule"]].append(result)
     titles = (
         "method",
         "split",
@@ -33,14 +33,14 @@ def omniglot() -> str:
     )
     lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
     order = list(NAMES)
-    for (split, steps, method), results in sorted(rows.items(), key=lambda row: (*row[0][:2], order.index(row[0][2]))):
+    for (split, steps, method, schedule), results in sorted(rows.items(), key=lambda row: (*row[0][:2], order.index(row[0][2]))):
         results.sort(key=lambda result: result["seeds"])
         cells = ", ".join(f"{100 * r['mean']:.1f} ± {100 * r['interval95']:.1f}" for r in results)
         mean = sum(r["mean"] for r in results) / len(results)
         minutes = ", ".join(f"{r['minutes']:.0f}" for r in results)
         first = results[0]
         measured = (cells, f"{100 * mean:.1f}", str(first["episodes"]), first["norm"], first["versions"]["device"], minutes)
-        lines.append(f"| {NAMES[method]} | {split} | {steps:,} | {' | '.join(measured)} |")
+        lines.append(f"| {NAMES[method]} | {split} | {steps:,}{' (cosine)' * (schedule == 'cosine')} | {' | '.join(measured)} |")
     return "\n".join(lines)
 
 

@@ -20,6 +20,7 @@ from jmeta.losses import accuracy as accuracy
 from jmeta.losses import mse as mse
 from jmeta.losses import xent as xent
 from jmeta.mesh import task_mesh as task_mesh
+from jmeta.mesh import use_cores as use_cores
 from jmeta.models.adapters import from_linen as from_linen
 from jmeta.models.adapters import from_nnx as from_nnx
 from jmeta.models.backbones import conv4 as conv4

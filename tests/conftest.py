@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import pytest
 
+jax.config.update("jax_num_cpu_devices", 2)  # for the tests of meshes; all else runs on the first
 jax.config.update("jax_disable_most_optimizations", True)  # most of a test's time is compilation
 
 

@@ -118,7 +118,7 @@ def _check(name: str, sizes: dict[str, int], norm: str, shape: tuple[int, ...], 
 
 
 def _build(module: nn.Module, shape: tuple[int, ...], layers: tuple[str, ...], norm: Norm) -> Model:
-    return linen_model(module, jnp.zeros((2, *shape)), layers, support_stats=norm == "support")
+    return linen_model(module, jnp.zeros((2, *shape), jnp.float32), layers, support_stats=norm == "support")
 
 
 @memoise

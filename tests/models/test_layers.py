@@ -1,5 +1,8 @@
 """Convolution as patches, pooling and normalisation."""
 
+import functools
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,7 @@ import pytest
 from jax import lax
 
 import jmeta as jm
-from jmeta.models.layers import max_pool, task_conv
+from jmeta.models.layers import BatchNorm, max_pool, task_conv
 
 
 @pytest.mark.parametrize("padding", ["SAME", "VALID", ((1, 2), (0, 1))])
@@ -57,6 +60,48 @@ def test_networks_have_their_layers_in_order(key, make, norm):
     assert y.shape == (6, 5) and bool(jnp.isfinite(y).all())
     assert (model.stats is not None) == (norm == "support")
     assert ("norm" in params["block1"]) == (norm != "none") or "conv1" in params["block1"]
+
+
+def test_the_derivatives_of_batch_norm_are_those_of_its_formula(key):
+    def formula(x, scale, bias):
+        return (x - x.mean((0, 1))) / jnp.sqrt(x.var((0, 1)) + 1e-5) * scale + bias
+
+    def layer(x, scale, bias):
+        return BatchNorm().apply({"params": {"scale": scale, "bias": bias}}, x)
+
+    def derivatives(function, *arguments):
+        def loss(*arguments):
+            return jnp.sin(function(*arguments)).sum()
+
+        def sloped(*arguments):
+            return sum(jnp.square(leaf).sum() for leaf in jax.grad(loss, (0, 1, 2))(*arguments))
+
+        forward = jax.jvp(function, arguments, jax.tree.map(jnp.cos, arguments))
+        return forward, jax.grad(loss, (0, 1, 2))(*arguments), jax.grad(sloped, (0, 1, 2))(*arguments)
+
+    with jax.enable_x64(True):
+        draw = functools.partial(jax.random.normal, dtype=jnp.float64)
+        x, scale, bias = draw(key, (2, 4, 3, 5)) + 2, draw(key, (2, 5)), draw(key, (2, 5))
+        ours, expected = (jax.vmap(functools.partial(derivatives, each))(x, scale, bias) for each in (layer, formula))
+    chex.assert_trees_all_close(ours, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("channels", [1, 8])
+def test_the_derivatives_of_task_conv_are_those_of_the_convolution(key, channels):
+    def conv(x, kernel):
+        return lax.conv_general_dilated(x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    def derivatives(function, x, kernel):
+        def step(x, kernel):
+            return kernel - jax.grad(lambda kernel: jnp.sin(function(x, kernel)).sum())(kernel)
+
+        return jax.grad(lambda x, kernel: jnp.sin(function(x, step(x, kernel))).sum(), (0, 1))(x, kernel)
+
+    with jax.enable_x64(True):
+        draw = functools.partial(jax.random.normal, key, dtype=jnp.float64)
+        x, kernel = draw((2, 6, 6, channels)), draw((3, 3, channels, 16))
+        ours, expected = (derivatives(each, x, kernel) for each in (lambda x, k: task_conv(x, k, (2, 2), "SAME"), conv))
+    chex.assert_trees_all_close(ours, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_batch_norm_has_mean_0_and_variance_1(key):

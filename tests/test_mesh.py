@@ -1,0 +1,90 @@
+"""Tasks over devices: the same numbers on two as on one."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jmeta as jm
+from jmeta import mesh as meshes
+from jmeta.train import batch_gradient
+from tests import toys
+
+TASKS = toys.blobs()
+OUTER = optax.adam(1e-2)
+
+
+@pytest.fixture
+def mesh():
+    return jm.task_mesh(2)
+
+
+def _learner(**options):
+    return jm.maml(toys.net(), jm.xent, optax.sgd(0.1, momentum=0.9), jm.repeat(2), **options)
+
+
+@pytest.mark.parametrize("staged", [False, True], ids=["shared data", "data of each task"])
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_two_devices_give_the_same_meta_gradient(key, mesh, chunk, staged):
+    with jax.enable_x64(True):
+        learner = _learner()
+        theta = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), learner.init(key))
+        sample, data = TASKS.sample, ()
+        if staged:
+            data = jax.vmap(TASKS.sample, (0, None))(jax.random.split(key, 8), ())
+            sample = lambda key, task: task
+        one, two = (
+            jax.jit(batch_gradient(learner, sample, 8, chunk, each), static_argnums=4)(key, theta, data, 0, staged)
+            for each in (None, mesh)
+        )
+    chex.assert_trees_all_close(one[:2], two[:2], rtol=1e-12, atol=1e-14)
+    chex.assert_trees_all_close(one[2], two[2], rtol=1e-6)  # accuracy is float32
+
+
+def test_training_on_two_devices_is_training_on_one(key, mesh):
+    learner = _learner(carry_state=True)
+    watch = jm.Validation(learner, TASKS, episodes=20, every=10)
+    one, two = (jm.fit(key, learner, TASKS, OUTER, 30, 8, mesh=each, validate=watch, progress=False) for each in (None, mesh))
+    chex.assert_trees_all_close(one, two, rtol=1e-3, atol=1e-4)
+    assert all(leaf.devices() == {jax.devices()[0]} for leaf in jax.tree.leaves((two.theta, two.last, two.state)))
+
+
+def test_host_resident_images_are_spread_too(key, mesh):
+    images = jm.from_arrays(np.asarray(jax.random.randint(key, (60, 6, 6, 1), 0, 256), np.uint8), np.arange(60) // 6)
+    learner = jm.maml(jm.mlp(3, hidden=(8,), shape=(6, 6, 1)), jm.xent, optax.sgd(0.1), jm.repeat(1))
+    kinds = [jm.episodes(images, 3, 1, 2, **budget) for budget in ({}, {"device_budget": 0})]
+    assert kinds[0].stage is None and kinds[1].stage is not None
+    losses = [jm.fit(key, learner, tasks, OUTER, 12, 4, mesh=mesh, progress=False).history["loss"] for tasks in kinds]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+def test_a_run_on_two_devices_is_resumed_bit_for_bit(key, mesh, tmp_path):
+    def run(folder, steps, mesh):
+        return jm.fit(key, _learner(), TASKS, OUTER, steps, 8, mesh=mesh, workdir=tmp_path / folder, resume=True, progress=False)
+
+    whole = run("whole", 20, mesh)
+    run("parts", 7, mesh)
+    chex.assert_trees_all_equal(whole.last, run("parts", 20, mesh).last)
+    with pytest.warns(UserWarning, match="began with 2 devices and goes on with 1"):
+        run("parts", 21, None)
+
+
+def test_a_count_is_the_last_devices(mesh):
+    numbers = jnp.arange(4)
+    means = meshes.spread(lambda part: {"mean": part.mean(dtype=jnp.float32), "count": part[-1]}, mesh, (True,))(numbers)
+    assert float(means["mean"]) == 1.5 and int(means["count"]) == 3
+
+
+def test_bad_meshes_are_refused(key, mesh):
+    assert jm.task_mesh(1) is None
+    for count in (0, 3):
+        with pytest.raises(ValueError, match=f"count must be 1 to 2, .*got {count}"):
+            jm.task_mesh(count)
+    with pytest.raises(ValueError, match="got batch 5 and 2 devices; the nearest batches that fit: 4 and 6"):
+        jm.fit(key, _learner(), TASKS, OUTER, 2, 5, mesh=mesh)
+    with pytest.raises(ValueError, match="got batch 4 on each of 2 devices and chunk 8"):
+        jm.fit(key, _learner(), TASKS, OUTER, 2, 8, mesh=mesh, chunk=8)
+    with pytest.raises(ValueError, match="neither workdir nor validate nor mesh"):
+        jax.vmap(lambda key: jm.fit(key, _learner(), TASKS, OUTER, 2, 4, mesh=mesh).theta)(jax.random.split(key, 2))
