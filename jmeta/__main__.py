@@ -83,6 +83,7 @@ def main() -> None:
         if command == "train":
             _train(rest)
         elif command in shown:
+            use_cores()
             print(tyro.cli(shown[command], prog=f"jmeta {command}", args=rest))
         elif command in silent:
             tyro.cli(silent[command], prog=f"jmeta {command}", args=rest)

@@ -99,7 +99,7 @@ def _fit(config: Config, problem: Problem, folder: Path, resume: bool, mesh: Mes
 def _test(config: Config, problem: Problem, theta: Theta, tasks: Any, episodes: int, seed: int) -> Score:
     key = jax.random.fold_in(jax.random.key(seed), TEST_KEY)
     learner = presets.make_learner(config, config.test_steps)
-    return fewshot(key, learner, theta, tasks, episodes, metric=problem.metric)
+    return fewshot(key, learner, theta, tasks, episodes, metric=problem.metric, mesh=task_mesh())
 
 
 def _norm(config: Config) -> str:

@@ -107,29 +107,33 @@ def on_one(tree: Any, mesh: Mesh | None) -> Any:
     return tree if mesh is None else jax.device_put(tree, mesh.devices.flat[0])
 
 
-def spread(function: Callable, mesh: Mesh | None, split: tuple[bool, ...]) -> Callable:
+def spread(function: Callable, mesh: Mesh | None, split: tuple[bool, ...], *, mean: bool = True) -> Callable:
     """Runs a function of tasks on every device's share of them.
 
     Args:
-      function: pure; returns a tree of means over the tasks that it was given.
+      function: pure; returns a tree of means over the tasks that it was given, or of arrays with a leading axis of those tasks.
       mesh: of axis "tasks"; None leaves the function as it is.
       split: for each argument of `function`, whether its arrays have a leading axis of tasks to be shared out.
+      mean: whether the devices' floats are averaged, and of anything else (counts) the last device's is taken; False puts their
+        arrays in a row.
 
     Returns:
-      The function, whose floats are averaged over devices; anything else (counts) is the last device's.
+      The function, of all tasks.
     """
     if mesh is None:
         return function
 
-    def mean(leaf):
+    def reduce(leaf):
         if jnp.issubdtype(leaf.dtype, jnp.inexact):
             return jax.lax.pmean(leaf, AXIS)
         last = jax.lax.axis_index(AXIS) == mesh.size - 1
         return jax.lax.psum(jnp.where(last, leaf, jnp.zeros_like(leaf)), AXIS)
 
     def on_device(*arguments):
-        return jax.tree.map(mean, function(*arguments))
+        result = function(*arguments)
+        return jax.tree.map(reduce, result) if mean else result
 
     specs = tuple(PartitionSpec(AXIS) if each else PartitionSpec() for each in split)
+    out = PartitionSpec() if mean else PartitionSpec(AXIS)
     # Unchecked: a checked shard_map sums the gradient of whatever is replicated over devices of itself, before the mean does.
-    return jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
+    return jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)

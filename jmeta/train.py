@@ -492,7 +492,7 @@ def _means(rows: list[dict[str, np.ndarray]]) -> dict[str, float]:
 def _validated(key: jax.Array, plan: _Plan, now: checkpoint.Snapshot) -> tuple[checkpoint.Snapshot, Score]:
     key, validate = jax.random.fold_in(key, 2**32 - 1), plan.validate  # no meta-step has this number
     theta = on_one(now.theta, plan.mesh)
-    score = fewshot(key, validate.learner, theta, validate.tasks, validate.episodes, metric=validate.metric)
+    score = fewshot(key, validate.learner, theta, validate.tasks, validate.episodes, metric=validate.metric, mesh=plan.mesh)
     if score.mean > now.score:
         now = now._replace(best=jax.tree.map(jnp.copy, theta), score=score.mean)
     return now, score

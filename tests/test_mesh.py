@@ -58,6 +58,9 @@ def test_host_resident_images_are_spread_too(key, mesh):
     assert kinds[0].stage is None and kinds[1].stage is not None
     losses = [jm.fit(key, learner, tasks, OUTER, 12, 4, mesh=mesh, progress=False).history["loss"] for tasks in kinds]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+    theta = learner.init(key)
+    scores = [jm.fewshot(key, learner, theta, tasks, 10, mesh=each).mean for tasks in kinds for each in (None, mesh)]
+    np.testing.assert_allclose(scores, scores[0], rtol=1e-6)
 
 
 def test_a_run_on_two_devices_is_resumed_bit_for_bit(key, mesh, tmp_path):
@@ -69,6 +72,16 @@ def test_a_run_on_two_devices_is_resumed_bit_for_bit(key, mesh, tmp_path):
     chex.assert_trees_all_equal(whole.last, run("parts", 20, mesh).last)
     with pytest.warns(UserWarning, match="began with 2 devices and goes on with 1"):
         run("parts", 21, None)
+
+
+@pytest.mark.parametrize("chunk", [1, None])
+def test_two_devices_score_as_one(key, mesh, chunk):
+    learner = _learner()
+    theta = learner.init(key)
+    for episodes in (5, 130):
+        one, two = (jm.fewshot(key, learner, theta, TASKS, episodes, chunk=chunk, mesh=each) for each in (None, mesh))
+        np.testing.assert_allclose(one.by_step, two.by_step, rtol=1e-6)
+        assert str(one) == str(two)
 
 
 def test_a_count_is_the_last_devices(mesh):

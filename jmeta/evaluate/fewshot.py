@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jmeta.core import MetaLearner, Tasks, Theta, default_chunk
 from jmeta.losses import accuracy
+from jmeta.mesh import count_devices, replicate, spread
 
 DISPATCH = 100  # most episodes in one call of the compiled program
 
@@ -43,19 +45,22 @@ class Score(NamedTuple):
         return f"{self.mean:.3f} ± {self.interval:.3f} (95 % interval, {self.episodes} episodes, {kind}); by inner step: {steps}"
 
 
-@functools.partial(jax.jit, static_argnums=range(4))
-def _curves(learner, sample, metric, together, theta, keys, data, staged):
+@functools.partial(jax.jit, static_argnums=range(5))
+def _curves(learner, sample, metric, together, mesh, theta, data, keys, staged):
     """The metric after each step for each key, `[len(keys), steps + 1]`."""
 
-    def one(key_and_data):
-        key, own = key_and_data
+    def one(theta, data, key, own):
         key_task, key_learn = jax.random.split(key)
         task = sample(key_task, data if staged is None else own)
         outputs = learner.curve(key_learn, theta, task)
         extra = () if task.query.mask is None else (task.query.mask,)
         return jax.vmap(lambda y: metric(y, task.query.y, *extra))(outputs)
 
-    return jax.lax.map(one, (keys, staged), batch_size=together if together > 1 else None)
+    def episodes(theta, data, keys, staged):
+        size = together if together > 1 else None
+        return jax.lax.map(lambda each: one(theta, data, *each), (keys, staged), batch_size=size)
+
+    return spread(episodes, mesh, (False, False, True, True), mean=False)(theta, data, keys, staged)
 
 
 @functools.partial(jax.jit, static_argnums=range(2))
@@ -78,6 +83,7 @@ def fewshot(
     *,
     metric: Callable[..., jax.Array] | None = None,
     chunk: int | None = None,
+    mesh: Mesh | None = None,
 ) -> Score:
     """Adapts to fresh episodes and measures the queries after every inner step.
 
@@ -88,7 +94,8 @@ def fewshot(
       tasks: episodes of classes that training did not see.
       episodes: how many; 600 is customary.
       metric: `(outputs, y) -> scalar`, or `(outputs, y, mask)`; accuracy if None.
-      chunk: episodes evaluated together; chosen by device and network if None.
+      chunk: episodes evaluated together on a device; chosen by device and network if None.
+      mesh: devices that the episodes are spread over, as `jmeta.task_mesh()` makes it; None uses one.
 
     Returns:
       A `Score`; print it.
@@ -98,12 +105,14 @@ def fewshot(
     """
     if episodes < 2:
         raise ValueError(f"fewshot: episodes must be at least 2 for an interval, got {episodes}.")
-    size = min(episodes, DISPATCH)
-    together = chunk or default_chunk(theta.params, size)
+    devices = count_devices(mesh)
+    size = -(-min(episodes, DISPATCH) // devices) * devices
+    together = chunk or default_chunk(theta.params, size // devices)
     numbers = jnp.arange(-(-episodes // size) * size).reshape(-1, size)  # the last dispatch may run over: one program serves all
     keys = jax.vmap(jax.vmap(functools.partial(jax.random.fold_in, key)))(numbers)
-    run = functools.partial(_curves, learner, tasks.sample, metric or accuracy, together, theta)
-    curves = [np.asarray(run(part, tasks.data, _stage(tasks, part))) for part in keys]
+    program = learner, tasks.sample, metric or accuracy, together, mesh
+    run = functools.partial(_curves, *program, *replicate((theta, tasks.data), mesh))
+    curves = [np.asarray(run(part, _stage(tasks, part))) for part in keys]
     values = np.concatenate(curves)[:episodes].astype(np.float64)
     by_step = np.stack([values.mean(0), 1.96 * values.std(0, ddof=1) / np.sqrt(episodes)], -1)
     first = jax.tree.map(lambda leaf: leaf[0], _stage(tasks, keys[0, :1])) if tasks.stage else tasks.data
