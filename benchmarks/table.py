@@ -57,13 +57,23 @@ def sinusoid() -> str:
 
 
 def speed() -> str:
-    """Seconds of a MAML meta-gradient, jmeta and PyTorch."""
-    found = json.loads((RESULTS / "maml_omniglot_speed.json").read_text())
-    lines = ["| | milliseconds, median (fastest to slowest) |", "|---|---|"]
-    for name, seconds in found["seconds"].items():
-        least, most = seconds["fastest"] * 1e3, seconds["slowest"] * 1e3
-        lines.append(f"| {name} | {seconds['median'] * 1e3:.0f} ({least:.0f} to {most:.0f}) |")
+    """Milliseconds of a MAML meta-gradient, jmeta and its peers: a row for each kind of work."""
+    found = json.loads((RESULTS / "speed.json").read_text())
+    names = list(dict.fromkeys(name for row in found.values() for name in row["contenders"]))
+    lines = ["| work | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 1)]
+    for work, row in found.items():
+        cells = (_milliseconds(row["contenders"].get(name, {})) for name in names)
+        lines.append(f"| {work} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _milliseconds(contender: dict) -> str:
+    """Median, and fastest to slowest; a dash where it did not run."""
+    if "seconds" not in contender:
+        return "-"
+    median, fastest, slowest = (1e3 * contender["seconds"][name] for name in ("median", "fastest", "slowest"))
+    digits = 0 if median >= 100 else 1
+    return f"{median:.{digits}f} ({fastest:.{digits}f} to {slowest:.{digits}f})"
 
 
 def fill(text: str) -> str:

@@ -31,7 +31,7 @@ class _Where:
     out: str | None = None
     """A new folder for the run; runs/PRESET-DATE-TIME if not given."""
     devices: int | None = None
-    """Devices (cores, on a CPU) that the tasks of a meta-step are spread over; all that can take equal shares if not given."""
+    """GPUs, or cores, that the tasks of a meta-step are spread over; as many as can take equal shares if not given."""
 
 
 def _train(args: list[str]) -> None:
@@ -58,9 +58,8 @@ def _resume(args: list[str]) -> None:
         raise ValueError("train: --resume goes on in the folder of its run; it takes no --out.")
     if config.outer_schedule == "cosine" and changed.steps != config.steps:
         raise ValueError(f"train: the outer rate of {run} falls along a cosine over {config.steps} steps, which cannot change now.")
-    devices = checkpoint.kept(run, True, "devices") if where.devices is None else where.devices
-    use_cores(devices)
-    print(commands.train(changed, run, resume=True, devices=devices))
+    use_cores(checkpoint.read_run(run).get("devices", 1) if where.devices is None else where.devices)
+    print(commands.train(changed, run, resume=True, devices=where.devices))
 
 
 def _parse(prog: str, args: list[str], default: presets.Config) -> tuple[_Where, presets.Config]:

@@ -106,16 +106,17 @@ def open_run(workdir: str | Path, resume: bool, config: Any, labels: tuple[str, 
     if (folder / "run.json").is_file():
         _same_config(folder, config)
         described = read_run(folder)
-        for name, value in kept.items():
-            if described.get(name, value) != value:
-                raise ValueError(f"resume: the run in {folder} began with {name} {described[name]}, got {value}.")
         began = described.get("devices", 1)
         if began != devices:
+            kept.pop("chunk", None)  # which only orders sums
             warnings.warn(
                 f"resume: the run in {folder} began with {began} devices and goes on with {devices}: with the same tasks, and the "
                 "same numbers up to the order of sums, but no longer bit for bit.",
                 stacklevel=3,
             )
+        for name, value in kept.items():
+            if described.get(name, value) != value:
+                raise ValueError(f"resume: the run in {folder} began with {name} {described[name]}, got {value}.")
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     described = {"format": FORMAT, "config": plain(config), "labels": list(labels), "devices": devices, **kept}

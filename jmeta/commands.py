@@ -45,12 +45,10 @@ def train(
     """
     folder = Path(workdir) if workdir else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     checkpoint.check_workdir(folder, resume)
-    if config.chunk is not None and (config.chunk < 1 or config.batch % config.chunk):
-        raise ValueError(f"train: batch must be divisible by chunk, got batch {config.batch} and chunk {config.chunk}.")
-    mesh = _mesh(config, checkpoint.kept(folder, resume, "devices") if devices is None else devices)
+    mesh = _mesh(config, _kept_devices(folder) if devices is None else devices)
     problem = presets.make_problem(config)
     done = _fit(config, problem, folder, resume, mesh)
-    score = _test(config, problem, done.theta, problem.test, config.test_episodes, config.seed)
+    score = _test(config, problem, done.theta, problem.test, config.test_episodes, config.seed, mesh)
     result = {**_described(config, problem, score), "seeds": [config.seed], "minutes": _minutes(folder, config.batch)}
     checkpoint.write_json(folder / "result.json", result)
     plot(str(folder))
@@ -67,8 +65,16 @@ def _minutes(folder: Path, batch: int) -> float:
     return round(seconds / 60, 1)
 
 
+def _kept_devices(folder: Path) -> int | None:
+    """Devices of a run to be resumed; None for a new one."""
+    return checkpoint.read_run(folder).get("devices", 1) if (folder / "run.json").is_file() else None
+
+
 def _mesh(config: Config, devices: int | None) -> Mesh | None:
-    mesh = task_mesh(share(config.batch, jax.device_count()) if devices is None else devices)
+    chunk = config.chunk or 1
+    if chunk < 1 or config.batch % chunk:
+        raise ValueError(f"train: batch must be divisible by chunk, got batch {config.batch} and chunk {config.chunk}.")
+    mesh = task_mesh(share(config.batch // chunk, jax.device_count()) if devices is None else devices)
     check_batch(config.batch, mesh)
     return mesh
 
@@ -96,10 +102,10 @@ def _fit(config: Config, problem: Problem, folder: Path, resume: bool, mesh: Mes
     )
 
 
-def _test(config: Config, problem: Problem, theta: Theta, tasks: Any, episodes: int, seed: int) -> Score:
+def _test(config: Config, problem: Problem, theta: Theta, tasks: Any, episodes: int, seed: int, mesh: Mesh | None = None) -> Score:
     key = jax.random.fold_in(jax.random.key(seed), TEST_KEY)
     learner = presets.make_learner(config, config.test_steps)
-    return fewshot(key, learner, theta, tasks, episodes, metric=problem.metric, mesh=task_mesh())
+    return fewshot(key, learner, theta, tasks, episodes, metric=problem.metric, mesh=mesh)
 
 
 def _norm(config: Config) -> str:
@@ -134,6 +140,7 @@ def evaluate(
     shots: int | None = None,
     steps: int | None = None,
     seed: int = 0,
+    devices: int | None = None,
 ) -> Path:
     """Tests a run again: other episodes, shots or inner steps than at its end.
 
@@ -144,6 +151,7 @@ def evaluate(
       shots: support images a class, as in training if not given.
       steps: inner steps, as in the run's tests if not given.
       seed: of the episodes.
+      devices: GPUs, or cores, that the episodes are spread over; all if not given.
 
     Returns:
       The JSON file written into the run's folder.
@@ -155,7 +163,7 @@ def evaluate(
     tasks = getattr(problem, split)
     if tasks is None:
         raise ValueError(f"eval: the data of {run} has no validation classes (or the run used none).")
-    score = _test(config, problem, theta, tasks, episodes, seed)
+    score = _test(config, problem, theta, tasks, episodes, seed, task_mesh(devices))
     path = _fresh(Path(run), "eval", "json")
     checkpoint.write_json(path, {**_described(config, problem, score), "split": split, "seeds": [config.seed], "test_seed": seed})
     print(f"{problem.metric_name} on {split} tasks: {score} [norm: {_norm(config)}]")

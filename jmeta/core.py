@@ -423,7 +423,7 @@ def _walk(advance: Callable, look: Callable, carry: Any, phase: Callable, steps:
 def default_chunk(params: Params, batch: int) -> int:
     """How many tasks are best vmapped together: all of them, but one on a CPU where there are convolutions.
 
-    Convolutions of one task fill a CPU's cores, and a scan over tasks keeps them in its caches.
+    A scan over tasks keeps the convolutions of each in a CPU's caches.
     """
     convolves = any(jnp.ndim(leaf) >= 4 for leaf in jax.tree.leaves(params))
     return 1 if convolves and jax.default_backend() == "cpu" else batch

@@ -9,6 +9,7 @@ References:
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,17 +17,18 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXIS = "tasks"
+MOST_CORES = 16
 FORCED = "xla_force_host_platform_device_count"
 
 
 def use_cores(count: int | None = None) -> None:
     """Has JAX see each core of a CPU as a device, so that `task_mesh` finds them.
 
-    Tasks spread over cores run faster than cores that share the work of one task: a MAML meta-step of 32 Omniglot tasks takes two
-    thirds of the time on two cores. Call it before the first computation. Where XLA_FLAGS names a number of devices, that stays.
+    Tasks spread over cores run faster than cores that share the work of one task. Call it before the first computation. Each device
+    holds a copy of the data. A number that XLA_FLAGS or JAX_NUM_CPU_DEVICES names stays.
 
     Args:
-      count: devices to make; the cores that this process may use if None.
+      count: devices to make; if None the cores that this process may use, but 16 at most.
 
     Raises:
       ValueError: count is below 1.
@@ -34,17 +36,20 @@ def use_cores(count: int | None = None) -> None:
     """
     if count is not None and count < 1:
         raise ValueError(f"use_cores: count must be at least 1, got {count}.")
-    if FORCED not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", usable_cores() if count is None else count)
+    if FORCED not in os.environ.get("XLA_FLAGS", "") and "JAX_NUM_CPU_DEVICES" not in os.environ:
+        jax.config.update("jax_num_cpu_devices", min(usable_cores(), MOST_CORES) if count is None else count)
 
 
 def usable_cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """CPU cores that this process may use, as its affinity and its container's quota allow."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    limit = Path("/sys/fs/cgroup/cpu.max")
+    quota, _, period = limit.read_text().partition(" ") if limit.is_file() else ("max", "", "")
+    return cores if quota == "max" else max(1, min(cores, round(int(quota) / int(period))))
 
 
 def task_mesh(count: int | None = None) -> Mesh | None:
-    """A mesh of one axis, "tasks", to give to `jmeta.fit`.
+    """A mesh of one axis, "tasks", to give to `jmeta.fit` and `jmeta.fewshot`.
 
     A CPU counts as one device until `jmeta.use_cores` is called.
 
@@ -61,10 +66,27 @@ def task_mesh(count: int | None = None) -> Mesh | None:
     count = len(devices) if count is None else count
     if not 1 <= count <= len(devices):
         raise ValueError(
-            f"task_mesh: count must be 1 to {len(devices)}, the devices that JAX sees, got {count}. Usual cause: a CPU counts as "
-            "one device until jmeta.use_cores() is called, which must be before the first computation."
+            f"devices: must be 1 to {len(devices)}, which is how many JAX sees, got {count}. Usual causes: a run that began on a "
+            "larger machine, to be resumed with fewer --devices; a CPU, which counts as one until jmeta.use_cores() is called."
         )
     return None if count == 1 else jax.make_mesh((count,), (AXIS,), axis_types=(AxisType.Auto,), devices=devices[:count])
+
+
+def check_mesh(mesh: Mesh | None) -> None:
+    """Refuses what is not a mesh of tasks.
+
+    Raises:
+      TypeError, ValueError: it is no mesh, or has other axes.
+    """
+    if mesh is None:
+        return
+    if not isinstance(mesh, Mesh):
+        raise TypeError(f"mesh: expected a jax.sharding.Mesh as jmeta.task_mesh(2) makes it, got {mesh!r}.")
+    if mesh.axis_names != (AXIS,) or mesh.axis_types != (AxisType.Auto,):
+        raise ValueError(
+            f"mesh: expected one axis 'tasks' of type Auto, got axes {mesh.axis_names} of types {mesh.axis_types}. Usual cause: "
+            "jax.make_mesh with its defaults; use jmeta.task_mesh()."
+        )
 
 
 def share(batch: int, devices: int) -> int:
@@ -126,8 +148,7 @@ def spread(function: Callable, mesh: Mesh | None, split: tuple[bool, ...], *, me
     def reduce(leaf):
         if jnp.issubdtype(leaf.dtype, jnp.inexact):
             return jax.lax.pmean(leaf, AXIS)
-        last = jax.lax.axis_index(AXIS) == mesh.size - 1
-        return jax.lax.psum(jnp.where(last, leaf, jnp.zeros_like(leaf)), AXIS)
+        return jax.lax.all_gather(leaf, AXIS)[-1]
 
     def on_device(*arguments):
         result = function(*arguments)

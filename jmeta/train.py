@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 from jmeta import checkpoint, log
 from jmeta.core import MetaLearner, Tasks, Theta, default_chunk
 from jmeta.evaluate.fewshot import Score, fewshot
-from jmeta.mesh import check_batch, count_devices, on_one, replicate, spread
+from jmeta.mesh import check_batch, check_mesh, count_devices, on_one, replicate, spread
 
 DISPATCH = 100  # most meta-steps in one call of the compiled program
 STAGED_DISPATCH = 10  # the same where images are fetched from the host
@@ -231,7 +231,8 @@ def fit(
       mesh: devices that the tasks of a meta-step are spread over, as `jmeta.task_mesh()` makes it; None uses one.
       workdir: a new folder for checkpoints, `metrics.jsonl` and TensorBoard; with it, Ctrl-C and SIGTERM save before they end
         the run.
-      resume: go on with the run in workdir, bit for bit as if it had not stopped; a new one begins where there is none.
+      resume: go on with the run in workdir, bit for bit as if it had not stopped where the number of devices is the same; a new one
+        begins where there is none.
       config: dataclass or dict to keep beside the checkpoints; a resumed run must have the same but for `steps`.
       labels: names of the classes trained on, to keep likewise.
       save_every: meta-steps between checkpoints.
@@ -249,29 +250,32 @@ def fit(
     """
     plan = _Plan(steps, batch, save_every, log_every, validate, mesh)
     _check_kinds(key, learner, tasks, outer, theta)
+    check_mesh(mesh)
     if workdir is not None:
         checkpoint.check_workdir(workdir, resume)
     start_theta: Theta = learner.init(key) if theta is None else theta
     if chunk is None:
-        chunk = checkpoint.kept(workdir, resume, "chunk") or default_chunk(start_theta.params, batch // count_devices(mesh))
+        share = batch // count_devices(mesh)
+        chunk = math.gcd(checkpoint.kept(workdir, resume, "chunk") or default_chunk(start_theta.params, share), share)
     _check(plan, chunk)
-    start_theta, best = (jax.tree.map(jnp.copy, start_theta) for _ in range(2))  # the one is donated, the other kept
-    state = outer.init(_learned(start_theta)) if state is None else jax.tree.map(jnp.copy, state)
-    start = checkpoint.Snapshot(start_theta, state, 0, jax.random.key_data(key), best if validate else (), -math.inf)
+    everywhere = functools.partial(replicate, mesh=mesh)
+    best = jax.tree.map(jnp.copy, start_theta) if validate else ()
+    state = outer.init(_learned(start_theta)) if state is None else state
+    carry = everywhere(jax.tree.map(jnp.copy, (start_theta, state)))  # which each dispatch is given for good
+    start = checkpoint.Snapshot(*carry, 0, jax.random.key_data(key), best, -math.inf)
+    shared = tasks._replace(data=everywhere(tasks.data))
     program = learner, tasks.sample, outer, batch, chunk, mesh
     dispatch = functools.partial(_dispatch, *program)
-    if _is_traced(dispatch, key, start, tasks, batch):
+    if _is_traced(dispatch, everywhere(key), start, shared, batch):
         return _fit_traced(functools.partial(_run, *program), key, start, tasks, plan, workdir)
-    folder = (
-        None
-        if workdir is None
-        else checkpoint.open_run(workdir, resume, config, labels, count_devices(mesh), chunk=chunk, batch=batch)
-    )
+    folder = None
+    if workdir is not None:
+        folder = checkpoint.open_run(workdir, resume, config, labels, count_devices(mesh), chunk=chunk, batch=batch)
     if folder is not None and checkpoint.latest(folder) is not None:
-        start = _taken_up(checkpoint.read(folder, start), key, steps, folder)
+        start = _taken_up(checkpoint.read(folder, start), key, steps, folder, mesh)
         checkpoint.keep_config(folder, config)
     with log.reporter(folder, steps, start.step, progress) as report, _signals(folder is not None) as received:
-        return _loop(dispatch, key, tasks, start, plan, report, folder, received)
+        return _loop(dispatch, key, shared, start, plan, report, folder, received)
 
 
 class _Plan(NamedTuple):
@@ -294,11 +298,9 @@ class _Plan(NamedTuple):
 def _loop(dispatch, key, tasks, now, plan, report, folder, received) -> Fit:
     """Dispatches until the last step; logs, validates and saves where they are due."""
     history, pending, since = [], [], time.perf_counter()
-    everywhere = functools.partial(replicate, mesh=plan.mesh)
-    now = now._replace(theta=everywhere(now.theta), state=everywhere(now.state))
-    shared_key, shared = everywhere(key), tasks._replace(data=everywhere(tasks.data))
+    shared_key = replicate(key, plan.mesh)
     valid_steps, valid_scores, pace = [], [], 1
-    with _staging(shared, key, plan.batch) as block_of:
+    with _staging(tasks, key, plan.batch) as block_of:
         while now.step < plan.steps:
             data, block, end = block_of(now.step)
             count = min(plan.boundary(now.step), end, now.step + pace) - now.step
@@ -449,8 +451,8 @@ def _check(plan: _Plan, chunk: int) -> None:
     check_batch(plan.batch, plan.mesh)
     devices = count_devices(plan.mesh)
     if chunk < 1 or plan.batch // devices % chunk:
-        a_device = f" on each of {devices} devices" if plan.mesh else ""
-        raise ValueError(f"fit: batch must be divisible by chunk, got batch {plan.batch // devices}{a_device} and chunk {chunk}.")
+        a_device = f", {plan.batch // devices} on each of {devices} devices," if plan.mesh else ""
+        raise ValueError(f"fit: batch must be divisible by chunk, got batch {plan.batch}{a_device} and chunk {chunk}.")
     if plan.validate is not None and plan.validate.every < 1:
         raise ValueError(f"fit: validate.every must be at least 1, got {plan.validate.every}.")
 
@@ -470,12 +472,13 @@ def _check_finite(rows: dict[str, np.ndarray], first: int, folder: Path | None) 
     )
 
 
-def _taken_up(snapshot: checkpoint.Snapshot, key: jax.Array, steps: int, folder: Path) -> checkpoint.Snapshot:
+def _taken_up(snapshot: checkpoint.Snapshot, key: jax.Array, steps: int, folder: Path, mesh: Mesh | None) -> checkpoint.Snapshot:
     if snapshot.step > steps:
         raise ValueError(f"resume: steps is {steps}, but the run in {folder} has taken {snapshot.step} already.")
     if not np.array_equal(snapshot.key, jax.random.key_data(key)):
         raise ValueError(f"resume: the run in {folder} began with another key, so it would not go on as if it had not stopped.")
-    return snapshot
+    theta, state, best = jax.tree.map(jnp.asarray, (snapshot.theta, snapshot.state, snapshot.best))
+    return snapshot._replace(theta=replicate(theta, mesh), state=replicate(state, mesh), best=best)
 
 
 def _next_pace(pace: int, seconds: float, size: int) -> int:

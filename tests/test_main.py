@@ -141,7 +141,7 @@ def test_presets_and_help_are_listed(tmp_path):
         (["train", PRESET, "--source", "images.npz", "--queries", "20"], "shots + queries is 1 + 20"),
         (["train", PRESET, "--source", "images.npz", "--batch", "6", "--chunk", "4"], "divisible by chunk"),
         (["train", PRESET, "--source", "images.npz", "--batch", "7", "--devices", "2"], "the nearest batches that fit: 6 and 8"),
-        (["train", PRESET, "--source", "images.npz", "--devices", "0"], "count must be at least 1"),
+        (["train", PRESET, "--source", "images.npz", "--devices", "0"], "must be at least 1, got 0"),
         (["train", PRESET, "--source", "images.npz", "--out", "."], "not empty"),
         (["train", "--resume", "nowhere"], "no jmeta run"),
         (["eval", "nowhere"], "no jmeta run"),

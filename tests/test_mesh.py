@@ -74,6 +74,36 @@ def test_a_run_on_two_devices_is_resumed_bit_for_bit(key, mesh, tmp_path):
         run("parts", 21, None)
 
 
+def test_a_run_is_resumed_on_more_devices(key, mesh, tmp_path):
+    _fit(key, None, workdir=tmp_path / "run", steps=2, resume=True, chunk=8)
+    with pytest.warns(UserWarning, match="began with 1 devices and goes on with 2"):
+        done = _fit(key, mesh, workdir=tmp_path / "run", steps=4, resume=True)
+    chex.assert_trees_all_close(done.theta, _fit(key, None, steps=4).theta, rtol=1e-4, atol=1e-5)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(done.theta))
+
+
+def _fit(key, mesh, *, steps=3, learner=None, outer=OUTER, **options):
+    return jm.fit(key, learner or _learner(), TASKS, outer, steps, 8, mesh=mesh, progress=False, **options)
+
+
+def test_same_objects_are_traced_once_on_two_devices(key, mesh):
+    seen, plain = [], _learner()
+
+    def grad(*arguments, **named):
+        seen.append(1)
+        return plain.grad(*arguments, **named)
+
+    learner = plain._replace(grad=grad)
+    counts = [len(seen) for _ in range(2) if _fit(key, mesh, learner=learner)]
+    assert counts[0] == counts[1] > 0
+
+
+def test_an_optimiser_may_keep_the_parameters_in_its_state(key, mesh):
+    for each in (None, mesh):
+        history = _fit(key, each, outer=optax.contrib.prodigy(), steps=20).history
+        assert np.isfinite(history["loss"]).all()
+
+
 @pytest.mark.parametrize("chunk", [1, None])
 def test_two_devices_score_as_one(key, mesh, chunk):
     learner = _learner()
@@ -84,20 +114,30 @@ def test_two_devices_score_as_one(key, mesh, chunk):
         assert str(one) == str(two)
 
 
-def test_a_count_is_the_last_devices(mesh):
-    numbers = jnp.arange(4)
-    means = meshes.spread(lambda part: {"mean": part.mean(dtype=jnp.float32), "count": part[-1]}, mesh, (True,))(numbers)
-    assert float(means["mean"]) == 1.5 and int(means["count"]) == 3
+def test_floats_are_averaged_and_all_else_is_the_last_devices(key, mesh):
+    def last(part, keys):
+        return {"mean": part.mean(dtype=jnp.float32), "count": part[-1], "odd": part[-1] % 2 == 1, "key": keys[-1]}
+
+    keys = jax.random.split(key, 4)
+    one, two = (jax.jit(meshes.spread(last, each, (True, True)))(jnp.arange(4), keys) for each in (None, mesh))
+    assert float(two["mean"]) == 1.5 and int(two["count"]) == 3 and bool(two["odd"])
+    assert [leaf.dtype for leaf in two.values()] == [leaf.dtype for leaf in one.values()] and two["key"] == keys[-1]
 
 
 def test_bad_meshes_are_refused(key, mesh):
     assert jm.task_mesh(1) is None
     for count in (0, 3):
-        with pytest.raises(ValueError, match=f"count must be 1 to 2, .*got {count}"):
+        with pytest.raises(ValueError, match=f"must be 1 to 2, .*got {count}"):
             jm.task_mesh(count)
+    with pytest.raises(TypeError, match="expected a jax"):
+        _fit(key, 2)
+    with pytest.raises(ValueError, match="expected one axis 'tasks' of type Auto, got axes"):
+        _fit(key, jax.make_mesh((2,), ("data",)))
+    with pytest.raises(ValueError, match="use_cores: count must be at least 1"):
+        jm.use_cores(0)
     with pytest.raises(ValueError, match="got batch 5 and 2 devices; the nearest batches that fit: 4 and 6"):
         jm.fit(key, _learner(), TASKS, OUTER, 2, 5, mesh=mesh)
-    with pytest.raises(ValueError, match="got batch 4 on each of 2 devices and chunk 8"):
+    with pytest.raises(ValueError, match="got batch 8, 4 on each of 2 devices, and chunk 8"):
         jm.fit(key, _learner(), TASKS, OUTER, 2, 8, mesh=mesh, chunk=8)
     with pytest.raises(ValueError, match="neither workdir nor validate nor mesh"):
         jax.vmap(lambda key: jm.fit(key, _learner(), TASKS, OUTER, 2, 4, mesh=mesh).theta)(jax.random.split(key, 2))

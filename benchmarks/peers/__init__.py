@@ -1,0 +1,20 @@
+"""The other side of `speed.py`: one module for each way of computing a MAML meta-gradient without jmeta.
+
+A module has `contenders(work, params, episodes) -> {name: Contender}` and imports what it needs at its top, so that a peer which is
+not installed is named as missing. `params` are NumPy arrays under names such as `block1/conv/kernel`, kernels HWIO; `episodes` are
+`(support x, support y, query x, query y)`, each with a leading axis of tasks, images NHWC. Gradients come back in the same layout.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Arrays = dict[str, np.ndarray]
+
+
+class Contender(NamedTuple):
+    """One implementation: `run()` waits for its result, of which `read(result)` makes `(loss, {name: gradient})`."""
+
+    run: Callable[[], Any]
+    read: Callable[[Any], tuple[float, Arrays]]

@@ -1,4 +1,4 @@
-"""MAML's meta-gradient in PyTorch, as PyTorch users write and tune it: the other side of `maml_omniglot_speed.py`.
+"""MAML's meta-gradient in PyTorch, as PyTorch users write and tune it.
 
 Three ways of running a meta-batch, with the same numbers:
 
@@ -6,8 +6,7 @@ Three ways of running a meta-batch, with the same numbers:
 - `vmapped`: `torch.func.vmap` over tasks of `torch.func.grad`;
 - `compiled`: one task after another, each a `torch.compile`d `torch.func.grad`.
 
-Arrays go in and come out in jmeta's layout, images NHWC and kernels HWIO under names such as `block1/conv/kernel`.
-Inside they are NCHW and OIHW in shape and channels-last in memory, which is a little faster on a CPU.
+Inside, images and kernels are NCHW and OIHW in shape and channels-last in memory, which is a little faster on a CPU.
 """
 
 import os
@@ -19,11 +18,13 @@ import torch  # pyright: ignore[reportMissingImports]
 import torch.nn.functional as F  # pyright: ignore[reportMissingImports]
 from torch.func import grad, grad_and_value, vmap  # pyright: ignore[reportMissingImports]
 
+from peers import Arrays, Contender  # pyright: ignore[reportMissingImports]
+
 torch.set_num_threads(os.cpu_count() or 1)
 
 STRIDE = 2
 EPSILON = 1e-5
-VMAP_CHUNK = 4  # fastest of 1, 2, 4, 8 and all 32 tasks on a CPU with two cores
+VMAP_CHUNK = 4  # fastest of 1, 2, 4, 8 and all 32 tasks of conv4 on a CPU with two cores
 
 Params = dict[str, torch.Tensor]
 Loss = Callable[[Params, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -54,11 +55,11 @@ def to_arrays(params: Params) -> dict[str, np.ndarray]:
     return {name: a.transpose(2, 3, 1, 0) if a.ndim == 4 else a for name, a in arrays.items()}
 
 
-def to_episodes(support_x: np.ndarray, support_y: np.ndarray, query_x: np.ndarray, query_y: np.ndarray) -> Episodes:
-    """Episodes from images `[tasks, n, height, width, channels]` and labels `[tasks, n]`."""
-    images = [torch.tensor(x).movedim(-1, -3) for x in (support_x, query_x)]
-    labels = [torch.tensor(y, dtype=torch.int64) for y in (support_y, query_y)]
-    return Episodes(images[0], labels[0], images[1], labels[1])
+def to_episodes(arrays: tuple[np.ndarray, ...]) -> Episodes:
+    """Episodes from images `[tasks, n, height, width, channels]`, or numbers `[tasks, n, 1]`, and their targets."""
+    xs = [torch.tensor(x) if x.ndim == 3 else torch.tensor(x).movedim(-1, -3) for x in arrays[::2]]
+    ys = [torch.tensor(y) if y.ndim == 3 else torch.tensor(y, dtype=torch.int64) for y in arrays[1::2]]
+    return Episodes(xs[0], ys[0], xs[1], ys[1])
 
 
 def pad_same(x: torch.Tensor) -> torch.Tensor:
@@ -72,18 +73,36 @@ def pad_same(x: torch.Tensor) -> torch.Tensor:
     return F.pad(x, (before, after, before, after))
 
 
-def conv4(params: Params, x: torch.Tensor) -> torch.Tensor:
-    """Logits `[n, ways]` of images `[n, channels, size, size]`, normalised by the statistics of this batch."""
-    for block in ("block1", "block2", "block3", "block4"):
-        x = F.conv2d(pad_same(x), params[f"{block}/conv/kernel"], params[f"{block}/conv/bias"], stride=STRIDE)
-        scale, bias = params[f"{block}/norm/scale"], params[f"{block}/norm/bias"]
-        x = F.relu(F.batch_norm(x, None, None, scale, bias, training=True, eps=EPSILON))
-    return x.mean((2, 3)) @ params["head/kernel"] + params["head/bias"]
+def block(params: Params, name: str, x: torch.Tensor, pool: bool) -> torch.Tensor:
+    """Convolution, normalisation by this batch's statistics, ReLU, and half the size by stride or by max-pooling."""
+    kernel, bias = params[f"{name}/conv/kernel"], params[f"{name}/conv/bias"]
+    x = F.conv2d(x, kernel, bias, padding=1) if pool else F.conv2d(pad_same(x), kernel, bias, stride=STRIDE)
+    scale, bias = params[f"{name}/norm/scale"], params[f"{name}/norm/bias"]
+    x = F.relu(F.batch_norm(x, None, None, scale, bias, training=True, eps=EPSILON))
+    return F.max_pool2d(x, 2) if pool else x
 
 
-def conv4_loss(params: Params, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of conv4's logits against labels `[n]`."""
-    return F.cross_entropy(conv4(params, x), y)
+def conv4_loss(params: Params, x: torch.Tensor, y: torch.Tensor, pool: bool = False) -> torch.Tensor:
+    """Mean cross-entropy of conv4's logits for images `[n, channels, size, size]` against labels `[n]`."""
+    for number in range(1, 5):
+        x = block(params, f"block{number}", x, pool)
+    features = x.permute(0, 2, 3, 1).flatten(1) if pool else x.mean((2, 3))
+    return F.cross_entropy(features @ params["head/kernel"] + params["head/bias"], y)
+
+
+def pooled_loss(params: Params, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """As `conv4_loss`, with max-pooling."""
+    return conv4_loss(params, x, y, pool=True)
+
+
+def mlp_loss(params: Params, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of two hidden layers for `x[n, 1]` against `y[n, 1]`."""
+    for name in ("layer1", "layer2"):
+        x = F.relu(x @ params[f"{name}/dense/kernel"] + params[f"{name}/dense/bias"])
+    return F.mse_loss(x @ params["head/kernel"] + params["head/bias"], y)
+
+
+LOSSES = {"mlp": mlp_loss, "conv4": conv4_loss, "pooled": pooled_loss}
 
 
 def adapt(loss: Loss, params: Params, x: torch.Tensor, y: torch.Tensor, *, rate: float, steps: int, order: int) -> Params:
@@ -162,3 +181,20 @@ def _task_gradient(loss: Loss, rate: float, steps: int, order: int):
         return loss(phi, query_x, query_y)
 
     return grad_and_value(query_loss)
+
+
+def contenders(work, params: Arrays, episodes: tuple[np.ndarray, ...]) -> dict[str, Contender]:
+    """PyTorch's three ways."""
+    own_params, own_episodes = to_params(params), to_episodes(episodes)
+    options = {"rate": work.rate, "steps": work.steps, "order": work.order}
+
+    def contender(way):
+        run = way(LOSSES[work.network], **options)
+        return Contender(lambda: run(own_params, own_episodes), read)
+
+    return {f"torch {name}": contender(way) for name, way in {"loop": loop, "vmap": vmapped, "compile": compiled}.items()}
+
+
+def read(result: tuple[torch.Tensor, Params]) -> tuple[float, Arrays]:
+    """Loss and gradients as NumPy has them."""
+    return float(result[0]), to_arrays(result[1])

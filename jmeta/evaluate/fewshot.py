@@ -6,7 +6,8 @@ References:
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ from jax.sharding import Mesh
 
 from jmeta.core import MetaLearner, Tasks, Theta, default_chunk
 from jmeta.losses import accuracy
-from jmeta.mesh import count_devices, replicate, spread
+from jmeta.mesh import check_mesh, count_devices, replicate, spread
 
 DISPATCH = 100  # most episodes in one call of the compiled program
 
@@ -105,6 +106,7 @@ def fewshot(
     """
     if episodes < 2:
         raise ValueError(f"fewshot: episodes must be at least 2 for an interval, got {episodes}.")
+    check_mesh(mesh)
     devices = count_devices(mesh)
     size = -(-min(episodes, DISPATCH) // devices) * devices
     together = chunk or default_chunk(theta.params, size // devices)
@@ -112,7 +114,7 @@ def fewshot(
     keys = jax.vmap(jax.vmap(functools.partial(jax.random.fold_in, key)))(numbers)
     program = learner, tasks.sample, metric or accuracy, together, mesh
     run = functools.partial(_curves, *program, *replicate((theta, tasks.data), mesh))
-    curves = [np.asarray(run(part, _stage(tasks, part))) for part in keys]
+    curves = [np.asarray(run(part, staged)) for part, staged in _ahead(tasks, keys)]
     values = np.concatenate(curves)[:episodes].astype(np.float64)
     by_step = np.stack([values.mean(0), 1.96 * values.std(0, ddof=1) / np.sqrt(episodes)], -1)
     first = jax.tree.map(lambda leaf: leaf[0], _stage(tasks, keys[0, :1])) if tasks.stage else tasks.data
@@ -123,3 +125,14 @@ def fewshot(
 def _stage(tasks: Tasks, keys: jax.Array) -> Any:
     """The host-resident images of each episode, `[len(keys), ...]`, or None where the data is on the device."""
     return None if tasks.stage is None else tasks.stage(jax.vmap(lambda key: jax.random.split(key)[0])(keys))
+
+
+def _ahead(tasks: Tasks, keys: jax.Array) -> Iterator[tuple[jax.Array, Any]]:
+    """Each row of keys with its images, which a thread fetches while those of the row before are evaluated."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(_stage, tasks, keys[0])
+        for number, part in enumerate(keys):
+            staged = waiting.result()
+            if number + 1 < len(keys):
+                waiting = pool.submit(_stage, tasks, keys[number + 1])
+            yield part, staged

@@ -57,12 +57,11 @@ def task_conv(
         for j in range(width)
     ]
     patches = jnp.concatenate(views, -1).reshape(-1, height * width * channels)
-    kernel = rhs.reshape(-1, features)
-    if len(kernel) > features:  # a transposed copy: the kernel's gradient is then a product that CPUs run 2.4 times as fast
-        kernel = lax.optimization_barrier(kernel.T)
+    if height * width * channels > features:  # features first: then the kernel's gradient is a product that CPUs run fast
+        kernel = rhs.transpose(3, 0, 1, 2).reshape(features, -1)
         product = lax.dot_general(patches, kernel, (((1,), (1,)), ((), ())), precision=precision)
     else:
-        product = jnp.matmul(patches, kernel, precision=precision)
+        product = jnp.matmul(patches, rhs.reshape(-1, features), precision=precision)
     return product.reshape(lhs.shape[0], rows, columns, features)
 
 
@@ -90,14 +89,16 @@ def _batch_norm(epsilon: float, x: jax.Array, scale: jax.Array, bias: jax.Array)
 
 @_batch_norm.defjvp
 def _batch_norm_jvp(epsilon, primals, tangents):
-    """The derivative in closed form. Two sums over x serve all its transpose needs, where automatic differentiation takes six."""
+    """The derivative in closed form: of the output's cotangent it takes two sums, which all that its transpose makes share."""
     (x, scale, bias), (dx, dscale, dbias) = primals, tangents
+    dtype = x.dtype
+    x, dx = (each.astype(jnp.promote_types(dtype, jnp.float32)) for each in (x, dx))
     axes = tuple(range(x.ndim - 1))
     mean = x.mean(axes)
     inverse = lax.rsqrt(jnp.square(x - mean).mean(axes) + epsilon)
     z, gain = (x - mean) * inverse, scale * inverse
     dy = dx * gain + z * (dscale - gain * (z * dx).mean(axes)) + (dbias - gain * dx.mean(axes))
-    return z * scale + bias, dy
+    return (z * scale + bias).astype(dtype), dy.astype(dtype)
 
 
 class BatchNorm(nn.Module):

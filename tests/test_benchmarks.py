@@ -1,0 +1,57 @@
+"""What the benchmarks count."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from jax.extend import core
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def work():
+    spec = importlib.util.spec_from_file_location("work", FOLDER / "work.py")
+    assert spec is not None and spec.loader is not None
+    sys.modules["work"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _operations_of_products(program):
+    """Twice the multiplications of every dot_general of a jaxpr, in the programs that it calls too."""
+    total = 0
+    for equation in program.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            summed = 1
+            for axis in contracted:
+                summed *= shape[axis]
+            total += 2 * equation.outvars[0].aval.size * summed
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda each: isinstance(each, core.ClosedJaxpr)):
+            inner = getattr(inner, "jaxpr", inner)
+            total += _operations_of_products(inner) if isinstance(inner, core.Jaxpr) else 0
+    return total
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("row", ["sinusoid", "omniglot-5w1s", "colour84-5w5s"])
+def test_operations_are_those_of_the_program(key, work, row, order):
+    small = work.ROWS[row]._replace(order=order, steps=2, queries=2, filters=8)
+    if small.network == "pooled":
+        small = small._replace(shape=(32, 32, 3))
+    learner = work.learner_of(small)
+    theta = jax.eval_shape(learner.init, key)
+    inputs = jax.ShapeDtypeStruct((small.shots * small.ways, *small.shape), "float32")
+    queries = jax.ShapeDtypeStruct((small.queries * small.ways, *small.shape), "float32")
+    labels = [
+        jax.ShapeDtypeStruct(x.shape[:1] if small.network != "mlp" else x.shape, "int32" if small.network != "mlp" else "float32")
+        for x in (inputs, queries)
+    ]
+    task = work.jm.Task(work.jm.Batch(inputs, labels[0]), work.jm.Batch(queries, labels[1]))
+    program = jax.make_jaxpr(lambda theta, task: learner.grad(key, theta, task, meta_step=0)[1])(theta, task)
+    found = _operations_of_products(program.jaxpr)
+    assert work.operations(small) == pytest.approx(small.tasks * found, rel=0.05)
