@@ -2,8 +2,8 @@
 
     python benchmarks/omniglot_5w1s.py --methods maml fomaml anil meta-sgd --seeds 0 1 --steps 1200 --split background
 
-MAML and Meta-SGD at 1,200 meta-steps take about 6 minutes a seed on one core of a server, FOMAML and ANIL less. Each run's
-`result.json` is copied into `results/omniglot_5w1s/`; a result that is there already is kept and its run left out.
+A method and seed take about 5 minutes on two cores. Each run's `result.json` is copied into `results/omniglot_5w1s/`; a result
+that is there already is kept and its run left out.
 """
 
 import argparse

@@ -48,7 +48,9 @@ def learner_of(work: Work) -> jm.MetaLearner:
     if work.network == "mlp":
         model, loss = jm.mlp(1), jm.mse
     else:
-        model, loss = jm.conv4(work.ways, filters=work.filters, shape=work.shape, pool=work.network == "pooled"), jm.xent
+        height, width, channels = work.shape
+        pool = work.network == "pooled"
+        model, loss = jm.conv4(work.ways, filters=work.filters, shape=(height, width, channels), pool=pool), jm.xent
     return jm.maml(model, loss, optax.sgd(work.rate), jm.repeat(work.steps), order=work.order)
 
 

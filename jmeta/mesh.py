@@ -148,6 +148,8 @@ def spread(function: Callable, mesh: Mesh | None, split: tuple[bool, ...], *, me
     def reduce(leaf):
         if jnp.issubdtype(leaf.dtype, jnp.inexact):
             return jax.lax.pmean(leaf, AXIS)
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(reduce(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
         return jax.lax.all_gather(leaf, AXIS)[-1]
 
     def on_device(*arguments):

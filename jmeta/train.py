@@ -258,15 +258,11 @@ def fit(
         share = batch // count_devices(mesh)
         chunk = math.gcd(checkpoint.kept(workdir, resume, "chunk") or default_chunk(start_theta.params, share), share)
     _check(plan, chunk)
-    everywhere = functools.partial(replicate, mesh=mesh)
-    best = jax.tree.map(jnp.copy, start_theta) if validate else ()
-    state = outer.init(_learned(start_theta)) if state is None else state
-    carry = everywhere(jax.tree.map(jnp.copy, (start_theta, state)))  # which each dispatch is given for good
-    start = checkpoint.Snapshot(*carry, 0, jax.random.key_data(key), best, -math.inf)
-    shared = tasks._replace(data=everywhere(tasks.data))
+    start = _first_snapshot(key, start_theta, outer, state, plan)
+    shared_key, shared = replicate(key, mesh), tasks._replace(data=replicate(tasks.data, mesh))
     program = learner, tasks.sample, outer, batch, chunk, mesh
     dispatch = functools.partial(_dispatch, *program)
-    if _is_traced(dispatch, everywhere(key), start, shared, batch):
+    if _is_traced(dispatch, shared_key, start, shared, batch):
         return _fit_traced(functools.partial(_run, *program), key, start, tasks, plan, workdir)
     folder = None
     if workdir is not None:
@@ -295,6 +291,14 @@ class _Plan(NamedTuple):
         return step % every == 0 or step == self.steps
 
 
+def _first_snapshot(key: jax.Array, theta: Theta, outer: Any, state: Any, plan: _Plan) -> checkpoint.Snapshot:
+    """Where a new run starts, in copies, since the first dispatch may overwrite what it is given."""
+    best = jax.tree.map(jnp.copy, theta) if plan.validate else ()
+    state = outer.init(_learned(theta)) if state is None else state
+    theta, state = replicate(jax.tree.map(jnp.copy, (theta, state)), plan.mesh)
+    return checkpoint.Snapshot(theta, state, 0, jax.random.key_data(key), best, -math.inf)
+
+
 def _loop(dispatch, key, tasks, now, plan, report, folder, received) -> Fit:
     """Dispatches until the last step; logs, validates and saves where they are due."""
     history, pending, since = [], [], time.perf_counter()
@@ -317,7 +321,7 @@ def _loop(dispatch, key, tasks, now, plan, report, folder, received) -> Fit:
             row = {"step": now.step, **_means(pending)}
             report.advance(now.step, {**row, "tasks_per_second": plan.batch * count / (time.perf_counter() - began)})
             if plan.validate and plan.due(now.step, plan.validate.every):
-                now, score = _validated(key, plan, now)
+                now, score = _validated(key, plan.validate, plan.mesh, now)
                 valid_steps.append(now.step)
                 valid_scores.append(score.mean)
                 row |= {"valid_score": score.mean, "valid_interval": score.interval}
@@ -492,10 +496,12 @@ def _means(rows: list[dict[str, np.ndarray]]) -> dict[str, float]:
     return {name: float(np.concatenate([part[name] for part in rows]).mean()) for name in rows[0]}
 
 
-def _validated(key: jax.Array, plan: _Plan, now: checkpoint.Snapshot) -> tuple[checkpoint.Snapshot, Score]:
-    key, validate = jax.random.fold_in(key, 2**32 - 1), plan.validate  # no meta-step has this number
-    theta = on_one(now.theta, plan.mesh)
-    score = fewshot(key, validate.learner, theta, validate.tasks, validate.episodes, metric=validate.metric, mesh=plan.mesh)
+def _validated(
+    key: jax.Array, validate: Validation, mesh: Mesh | None, now: checkpoint.Snapshot
+) -> tuple[checkpoint.Snapshot, Score]:
+    key = jax.random.fold_in(key, 2**32 - 1)  # no meta-step has this number
+    theta = on_one(now.theta, mesh)
+    score = fewshot(key, validate.learner, theta, validate.tasks, validate.episodes, metric=validate.metric, mesh=mesh)
     if score.mean > now.score:
         now = now._replace(best=jax.tree.map(jnp.copy, theta), score=score.mean)
     return now, score
