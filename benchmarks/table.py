@@ -39,7 +39,8 @@ def omniglot() -> str:
         mean = sum(r["mean"] for r in results) / len(results)
         minutes = ", ".join(f"{r['minutes']:.0f}" for r in results)
         first = results[0]
-        measured = (cells, f"{100 * mean:.1f}", str(first["episodes"]), first["norm"], first["versions"]["device"], minutes)
+        devices = ", ".join(dict.fromkeys(r["versions"]["device"] for r in results))
+        measured = (cells, f"{100 * mean:.1f}", str(first["episodes"]), first["norm"], devices, minutes)
         lines.append(f"| {NAMES[method]} | {split} | {steps:,}{' (cosine)' * (schedule == 'cosine')} | {' | '.join(measured)} |")
     return "\n".join(lines)
 
