@@ -195,11 +195,8 @@ def write(folder: Path, snapshot: Snapshot) -> None:
 
 
 def latest(folder: Path) -> int | None:
-    """The step of the newest whole checkpoint, or None."""
-    if not (folder / "checkpoints").is_dir():
-        return None
-    with _manager(folder) as manager:
-        return manager.latest_step()
+    """The step of the newest whole checkpoint, or None; also of a run that another process is writing to."""
+    return max((int(each.name) for each in (folder / "checkpoints").glob("*") if each.name.isdigit()), default=None)
 
 
 def read(folder: Path, like: Snapshot) -> Snapshot:
