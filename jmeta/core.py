@@ -325,6 +325,7 @@ def inner_loop(
     *,
     order: int = 2,
     unroll: bool | None = None,
+    remat: bool | None = None,
     carry_state: bool = False,
 ) -> InnerLoop:
     """Builds the inner loop: `data.steps` steps of `rule` on the loss of the batches that `data` gives.
@@ -337,6 +338,8 @@ def inner_loop(
       order: 2 differentiates through the inner gradients, 1 takes them as constants.
       unroll: True writes every step into the program, False scans each run of steps of equal phase, None scans runs of more
         than 10 steps. The numbers are the same.
+      remat: whether second-order gradients compute each step anew on their way back (`jax.checkpoint`), so that memory holds
+        the parameters after every step and what one step needs, for about a third more work. None does so in scanned runs.
       carry_state: the inner optimiser's state goes on from task to task, in `Theta.memory`.
 
     Returns:
@@ -373,7 +376,8 @@ def inner_loop(
             params, state = carry
             return None if watch is None else watch(close(theta, params, state, support, step), step)
 
-        (params, state), seen = _walk(advance, look, (theta.params, state), rule.phase, data.steps, unroll)
+        anew = False if remat is None and order == 1 else remat
+        (params, state), seen = _walk(advance, look, (theta.params, state), rule.phase, data.steps, unroll, anew)
         return close(theta, params, state, support, data.steps), seen
 
     return InnerLoop(begin, follow, output)
@@ -400,7 +404,9 @@ def _inner_step(forward: Callable, loss: Callable, rule: Rule, data: Data, order
     return step_of
 
 
-def _walk(advance: Callable, look: Callable, carry: Any, phase: Callable, steps: int, unroll: bool | None) -> tuple[Any, Any]:
+def _walk(
+    advance: Callable, look: Callable, carry: Any, phase: Callable, steps: int, unroll: bool | None, remat: bool | None
+) -> tuple[Any, Any]:
     """Takes all steps, run by run of equal phase, unrolled or scanned; stacks what `look` sees before and after each."""
     seen = [jax.tree.map(lambda leaf: leaf[None], look(carry, 0))]
     for value, run in itertools.groupby(range(steps), key=phase):
@@ -412,10 +418,12 @@ def _walk(advance: Callable, look: Callable, carry: Any, phase: Callable, steps:
 
         if unroll or (unroll is None and len(numbers) <= LONGEST_UNROLL):
             for step in numbers:
-                carry, view = body(carry, step)
+                once = functools.partial(body, step=step)  # whose step stays a number
+                carry, view = (jax.checkpoint(once) if remat else once)(carry)
                 seen.append(jax.tree.map(lambda leaf: leaf[None], view))
         else:
-            carry, views = jax.lax.scan(body, carry, jnp.array(numbers))
+            once = body if remat is False else jax.checkpoint(body, prevent_cse=False)  # a scan has no CSE to prevent
+            carry, views = jax.lax.scan(once, carry, jnp.array(numbers))
             seen.append(views)
     return carry, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *seen)
 

@@ -20,9 +20,15 @@ def work():
 
 
 def _operations_of_products(program):
-    """Twice the multiplications of every dot_general of a jaxpr, in the programs that it calls too."""
+    """Twice the multiplications of every product and convolution of a jaxpr, in the programs that it calls too."""
     total = 0
     for equation in program.eqns:
+        if equation.primitive.name == "convolve":
+            kernel = equation.invars[1].aval
+            total += 2 * equation.outvars[0].aval.size * kernel.size // kernel.shape[-1]
+        if equation.primitive.name == "correlate":
+            pixels = equation.invars[1].aval
+            total += 2 * equation.outvars[0].aval.size * pixels.size // pixels.shape[-1]
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             shape = equation.invars[0].aval.shape

@@ -122,6 +122,28 @@ def test_long_runs_are_scanned_and_short_ones_unrolled(key):
     assert "scan[" in program(11)
 
 
+@pytest.mark.parametrize("unroll", [True, False])
+def test_steps_computed_anew_change_nothing(key, unroll):
+    with jax.enable_x64(True):
+        kept, anew = (_gradients(key, EVERYTHING, unroll=unroll, remat=remat, dtype=jnp.float64) for remat in (False, True))
+    chex.assert_trees_all_close(anew, kept, rtol=1e-9, atol=1e-12)
+
+
+def test_memory_grows_with_parameters_alone_where_steps_are_computed_anew(key, optimised):
+    model = jm.conv4(3, filters=8, shape=(16, 16, 1))
+    task = jax.tree.map(jnp.asarray, jm.Task(*(jm.Batch(np.ones((12, 16, 16, 1), "float32"), np.arange(12) % 3),) * 2))
+
+    def memory(steps, remat=None):
+        learner = jm.maml(model, jm.xent, optax.sgd(0.1), jm.repeat(steps), unroll=False, remat=remat)
+        program = jax.jit(lambda theta: learner.grad(key, theta, task, meta_step=0)[1])
+        return program.lower(learner.init(key)).compile().memory_analysis().temp_size_in_bytes
+
+    parameters = sum(4 * leaf.size for leaf in jax.tree.leaves(model.init(key)))
+    assert memory(40) - memory(4) < 2 * 36 * parameters
+    assert memory(40) < 2 * memory(4)
+    assert memory(40, remat=False) > 5 * memory(4, remat=False)
+
+
 def test_chain_is_associative_and_neutral(key):
     parts = [toys.noisy(), jm.learned_rates(0.1), toys.shrinking(), toys.noisy(), optax.clip(0.5)]
     flat = jm.chain(*parts)

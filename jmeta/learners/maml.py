@@ -50,6 +50,7 @@ def maml(
     *,
     order: int = 2,
     unroll: bool | None = None,
+    remat: bool | None = None,
     probe: Callable = given,
     step_weights: Callable[[jax.Array], jax.Array] | tuple[float, ...] | None = None,
     carry_state: bool = False,
@@ -62,7 +63,8 @@ def maml(
       rule: how a task is learned, for instance `optax.sgd(0.4)`.
       data: what the inner loop sees, for instance `jm.repeat(1)`.
       order: 2, or 1 for first-order MAML (FOMAML).
-      unroll: see `jmeta.core.inner_loop`.
+      unroll: whether the inner steps are written out or scanned; see `jmeta.core.inner_loop`.
+      remat: whether inner steps are computed anew on the way back, to save memory; see `jmeta.core.inner_loop`.
       probe: how queries are obtained; reinforcement learning rolls out the adapted policy.
       step_weights: MAML++'s multi-step loss: the weights of the query loss after each step, `[steps]`, or a function of the meta
         step that returns them. None weighs the last step alone.
@@ -86,7 +88,8 @@ def maml(
         _check_differentiable(rule, model)
     if step_weights is not None and not callable(step_weights) and len(step_weights) != data.steps:
         raise ValueError(f"maml: step_weights has {len(step_weights)} weights for {data.steps} inner steps; give one a step.")
-    begin, follow, output = inner_loop(model, loss, rule, data, order=order, unroll=unroll, carry_state=carry_state)
+    loop = inner_loop(model, loss, rule, data, order=order, unroll=unroll, remat=remat, carry_state=carry_state)
+    begin, follow, output = loop
 
     def init(key):
         params = model.init(key)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jmeta.core import Model, memoise
 from jmeta.models.adapters import linen_model
-from jmeta.models.layers import NORMS, Norm, max_pool, normalise, task_conv
+from jmeta.models.layers import NORMS, Norm, conv_norm, max_pool, normalise
 
 
 class _Block(nn.Module):
@@ -25,10 +25,8 @@ class _Block(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        strides = 1 if self.pool else 2
-        x = nn.Conv(self.features, (3, 3), strides, conv_general_dilated=task_conv, name="conv")(x)
-        x = nn.relu(normalise(self.norm, x))
-        return max_pool(x) if self.pool else x
+        x = conv_norm(self.norm, x, self.features, stride=1 if self.pool else 2)
+        return nn.relu(max_pool(x) if self.pool else x)  # either order gives the same; this one touches less
 
 
 class _Conv4(nn.Module):
@@ -90,9 +88,7 @@ class _ConvNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        kernel = (self.size, self.size)
-        x = nn.Conv(self.features, kernel, use_bias=False, conv_general_dilated=task_conv, name="conv")(x)
-        return normalise(self.norm, x)
+        return conv_norm(self.norm, x, self.features, self.size, use_bias=False)
 
 
 class _ResNet12(nn.Module):

@@ -7,7 +7,10 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+
+from jmeta.models.convolution import convolve, patches_of, planes_of, times_kernel
 
 Norm = Literal["batch", "support", "group", "layer", "instance", "none"]
 NORMS = ("batch", "support", "group", "layer", "instance", "none")
@@ -45,28 +48,18 @@ def task_conv(
     """
     if set(lhs_dilation or (1,)) != {1} or set(rhs_dilation or (1,)) != {1} or feature_group_count != 1:
         raise NotImplementedError("task_conv: dilation and feature groups are not supported; use jax.lax.conv_general_dilated.")
-    height, width, channels, features = rhs.shape
-    down, across = window_strides
-    if isinstance(padding, str):
-        padding = lax.padtype_to_pads(lhs.shape[1:3], (height, width), (down, across), padding)
-    x = jnp.pad(lhs, ((0, 0), *padding, (0, 0)))
-    rows, columns = (x.shape[1] - height) // down + 1, (x.shape[2] - width) // across + 1
-    views = [
-        x[:, i : i + (rows - 1) * down + 1 : down, j : j + (columns - 1) * across + 1 : across]
-        for i in range(height)
-        for j in range(width)
-    ]
-    patches = jnp.concatenate(views, -1).reshape(-1, height * width * channels)
-    if height * width * channels > features:  # features first: then the kernel's gradient is a product that CPUs run fast
-        kernel = rhs.transpose(3, 0, 1, 2).reshape(features, -1)
-        product = lax.dot_general(patches, kernel, (((1,), (1,)), ((), ())), precision=precision)
-    else:
-        product = jnp.matmul(patches, rhs.reshape(-1, features), precision=precision)
-    return product.reshape(lhs.shape[0], rows, columns, features)
+    size = rhs.shape[:2]
+    pads = lax.padtype_to_pads(lhs.shape[1:3], size, window_strides, padding) if isinstance(padding, str) else padding
+    (top, bottom), (left, right) = pads
+    if tuple(window_strides) == (1, 1) and size != (1, 1) and jax.default_backend() == "cpu":
+        return convolve(lhs, rhs, ((top, bottom), (left, right)))
+    return times_kernel(patches_of(lhs, size, window_strides, pads), rhs, precision)
 
 
 def max_pool(x: jax.Array, size: int = 2) -> jax.Array:
     """Maximum over windows of `size` x `size` that do not overlap; rows and columns left over are dropped (VALID).
+
+    Where a window's largest value stands in several places, the first of them has the gradient, as in PyTorch.
 
     Args:
       x: `[N, H, W, C]`.
@@ -78,7 +71,31 @@ def max_pool(x: jax.Array, size: int = 2) -> jax.Array:
     n, height, width, channels = x.shape
     rows, columns = height // size, width // size
     x = x[:, : rows * size, : columns * size]
-    return x.reshape(n, rows, size, columns, size, channels).max((2, 4))
+    return _largest(x.reshape(n, rows, size, columns, size, channels))
+
+
+@jax.custom_jvp
+def _largest(windows: jax.Array) -> jax.Array:
+    """`windows[N, rows, size, columns, size, C]` maximised over both sizes."""
+    return functools.reduce(jnp.maximum, _places(windows))
+
+
+@_largest.defjvp
+def _largest_jvp(primals, tangents):
+    (windows,), (dwindows,) = primals, tangents
+    largest = _largest(windows)
+    places, size = _places(windows), windows.shape[2]
+    numbers = np.arange(len(places), dtype=np.min_scalar_type(len(places)))
+    first = jnp.full(largest.shape, numbers[-1])
+    for number, place in reversed(list(zip(numbers, places, strict=True))):
+        first = jnp.where(place == largest, number, first)
+    there = first[:, :, None, :, None] == numbers.reshape(size, 1, size, 1)
+    return largest, jnp.where(there, dwindows, 0).sum((2, 4))
+
+
+def _places(windows: jax.Array) -> list[jax.Array]:
+    size = windows.shape[2]
+    return [windows[:, :, i, :, j] for i in range(size) for j in range(size)]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -101,6 +118,24 @@ def _batch_norm_jvp(epsilon, primals, tangents):
     return (z * scale + bias).astype(dtype), dy.astype(dtype)
 
 
+def _folded_batch_norm(epsilon: float, planes: jax.Array, kernel: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+    """`_batch_norm` of the convolution of `kernel[h, w, C, F]` with images of these planes `[h * w * C, N, H', W']`.
+
+    The normalisation is folded into the kernel: a channel's variance is `k' V k`, where V is the covariance of the planes and k the
+    channel's kernel. Where planes are fewer than channels, as in a first layer, V costs little, and no pass over the product is
+    needed.
+    """
+    dtype = planes.dtype
+    flat = planes.reshape(len(planes), -1).astype(jnp.promote_types(dtype, jnp.float32))
+    centred = flat - flat.mean(1, keepdims=True)
+    covariance = centred @ centred.T / flat.shape[1]
+    matrix = kernel.reshape(len(planes), -1).astype(flat.dtype)
+    variance = (matrix * (covariance @ matrix)).sum(0)
+    folded = matrix * (scale * lax.rsqrt(variance + epsilon))
+    product = centred.astype(dtype).T @ folded.astype(dtype) + bias.astype(dtype)
+    return product.reshape(*planes.shape[1:], -1)
+
+
 class BatchNorm(nn.Module):
     """Normalisation by the statistics of the batch at hand; keeps no state.
 
@@ -111,10 +146,13 @@ class BatchNorm(nn.Module):
     epsilon: float = 1e-5
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalises `x[..., C]`."""
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+    def __call__(self, x: jax.Array, kernel: jax.Array | None = None) -> jax.Array:
+        """Normalises `x[..., C]`, or the convolution of a kernel with images of the planes x."""
+        features = (x if kernel is None else kernel).shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (features,))
+        bias = self.param("bias", nn.initializers.zeros, (features,))
+        if kernel is not None:
+            return _folded_batch_norm(self.epsilon, x, kernel, scale, bias)
         if self.is_mutable_collection("stats") and not self.is_initializing():
             axes = tuple(range(x.ndim - 1))
             self.put_variable("stats", "mean", x.mean(axes))
@@ -142,3 +180,39 @@ def normalise(norm: Norm, x: jax.Array) -> jax.Array:
     if norm == "instance":
         return nn.InstanceNorm(name="norm")(x)
     return x if norm == "none" else BatchNorm(name="norm")(x)
+
+
+class _Kernel(nn.Module):
+    """The parameters of a convolution, `kernel[size, size, C, features]` and `bias[features]`."""
+
+    features: int
+    size: int
+    use_bias: bool
+
+    @nn.compact
+    def __call__(self, channels: int) -> tuple[jax.Array, jax.Array | None]:
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (self.size, self.size, channels, self.features))
+        return kernel, self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
+
+
+def conv_norm(norm: Norm, x: jax.Array, features: int, size: int = 3, stride: int = 1, use_bias: bool = True) -> jax.Array:
+    """A SAME convolution and a normalisation, as submodules called "conv" and "norm".
+
+    Args:
+      norm: see `normalise`.
+      x: `[N, H, W, C]`.
+      features: channels of the result.
+      size: side of the kernel.
+      stride: in both dimensions.
+      use_bias: whether the convolution has a bias. Its value is not added where the normalisation would subtract it again.
+    """
+    kernel, bias = _Kernel(features, size, use_bias, name="conv")(x.shape[-1])
+    sides, strides = (size, size), (stride, stride)
+    if norm == "batch" and size * size * x.shape[-1] <= features:
+        padding = lax.padtype_to_pads(x.shape[1:3], sides, strides, "SAME")
+        planes = planes_of(x, sides, padding) if stride == 1 else jnp.moveaxis(patches_of(x, sides, strides, padding), -1, 0)
+        return BatchNorm(name="norm")(planes, kernel)
+    product = task_conv(x, kernel, strides, "SAME")
+    if bias is not None and norm not in ("batch", "support", "instance"):
+        product = product + bias
+    return normalise(norm, product)

@@ -3,6 +3,7 @@
 import functools
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from jax import lax
 
 import jmeta as jm
-from jmeta.models.layers import BatchNorm, max_pool, task_conv
+from jmeta.models.layers import BatchNorm, conv_norm, max_pool, task_conv
 
 
 @pytest.mark.parametrize("padding", ["SAME", "VALID", ((1, 2), (0, 1))])
@@ -86,10 +87,14 @@ def test_the_derivatives_of_batch_norm_are_those_of_its_formula(key):
     chex.assert_trees_all_close(ours, expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("channels", [1, 8])
-def test_the_derivatives_of_task_conv_are_those_of_the_convolution(key, channels):
+@pytest.mark.parametrize("tasks", [None, 2], ids=["one task", "vmap"])
+@pytest.mark.parametrize("padding", ["SAME", ((0, 3), (2, 1))])
+@pytest.mark.parametrize(("channels", "stride"), [(1, 2), (8, 2), (3, 1)])
+def test_the_derivatives_of_task_conv_are_those_of_the_convolution(key, channels, stride, padding, tasks):
+    options = {"window_strides": (stride, stride), "padding": padding}
+
     def conv(x, kernel):
-        return lax.conv_general_dilated(x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return lax.conv_general_dilated(x, kernel, **options, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
     def derivatives(function, x, kernel):
         def step(x, kernel):
@@ -98,10 +103,58 @@ def test_the_derivatives_of_task_conv_are_those_of_the_convolution(key, channels
         return jax.grad(lambda x, kernel: jnp.sin(function(x, step(x, kernel))).sum(), (0, 1))(x, kernel)
 
     with jax.enable_x64(True):
-        draw = functools.partial(jax.random.normal, key, dtype=jnp.float64)
-        x, kernel = draw((2, 6, 6, channels)), draw((3, 3, channels, 16))
-        ours, expected = (derivatives(each, x, kernel) for each in (lambda x, k: task_conv(x, k, (2, 2), "SAME"), conv))
-    chex.assert_trees_all_close(ours, expected, rtol=1e-10, atol=1e-10)
+        draw, many = functools.partial(jax.random.normal, key, dtype=jnp.float64), (tasks,) if tasks else ()
+        x, kernel = draw((*many, 4, 6, 5, channels)), draw((*many, 3, 2, channels, 16))
+        both = [functools.partial(derivatives, each) for each in (functools.partial(task_conv, **options), conv)]
+        ours, expected = (jax.jit(jax.vmap(each) if tasks else each)(x, kernel) for each in both)
+    chex.assert_trees_all_close(ours, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_forward_derivatives_of_a_convolution_of_stride_1_are_its_backward_ones(key):
+    with jax.enable_x64(True):
+        x, kernel = (jax.random.normal(key, shape, jnp.float64) for shape in ((2, 4, 4, 2), (3, 3, 2, 3)))
+
+        def value(kernel):
+            return jnp.sin(task_conv(x, kernel, (1, 1), "SAME")).sum()
+
+        np.testing.assert_allclose(jax.jacfwd(jax.grad(value))(kernel), jax.jacrev(jax.grad(value))(kernel), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_normalisation_folded_into_a_first_kernel_changes_nothing(key, stride):
+    class Folded(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return conv_norm("batch", x, 32, stride=stride)
+
+    def plain(params, x):
+        y = lax.conv_general_dilated(
+            x, params["conv"]["kernel"], (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        y = y + params["conv"]["bias"]
+        y = (y - y.mean((0, 1, 2))) / jnp.sqrt(y.var((0, 1, 2)) + 1e-5)
+        return y * params["norm"]["scale"] + params["norm"]["bias"]
+
+    def derivatives(function, params, x):
+        def step(params):
+            grads = jax.grad(lambda params: jnp.sin(function(params, x)).sum())(params)
+            return jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+
+        return jax.value_and_grad(lambda params, x: jnp.sin(function(step(params), x)).sum(), (0, 1))(params, x)
+
+    with jax.enable_x64(True):
+        x = 5 + jax.random.normal(key, (3, 6, 6, 2), jnp.float64)
+        params = Folded().init(key, x)["params"]
+        params = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(key, leaf.shape, jnp.float64), params)
+        ours = derivatives(lambda params, x: Folded().apply({"params": params}, x), params, x)
+        expected = derivatives(plain, params, x)
+    chex.assert_trees_all_close(ours, expected, rtol=1e-8, atol=1e-8)
+
+
+def test_the_first_of_equal_values_of_a_window_has_the_gradient():
+    x = jnp.array([[1.0, 3.0, 0.0, 0.0], [3.0, 3.0, 0.0, 0.0]])[None, :, :, None]
+    gradient = jax.grad(lambda x: max_pool(x).sum())(x)
+    np.testing.assert_array_equal(gradient[0, ..., 0], [[0, 1, 1, 0], [0, 0, 0, 0]])
 
 
 def test_batch_norm_has_mean_0_and_variance_1(key):
