@@ -303,12 +303,14 @@ def use_cache() -> bool:
 
     Later processes then load what they would compile, and compute the same numbers. Call it once, after `jmeta.use_cores`. A cache
     that the user has set up for JAX, or switched off, stays as it is (JAX_COMPILATION_CACHE_DIR, JAX_ENABLE_COMPILATION_CACHE).
-    JAX's own keys tell versions, options and kinds of devices apart, CPUs by their instruction sets.
+    JAX's own keys tell versions, options and kinds of devices apart, CPUs by their instruction sets. The folder grows by a few MiB
+    for each kind of run, and may be deleted at any time.
 
     Returns:
       Whether that folder is in use. On a CPU it is not where compiled programs cannot be loaded again.
     """
-    if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+    config: Any = jax.config
+    if config.jax_compilation_cache_dir or not config.jax_enable_compilation_cache:
         return False
     try:
         folder = cache_dir() / "xla"
@@ -317,9 +319,9 @@ def use_cache() -> bool:
         return False
     if not os.access(folder, os.W_OK) or (jax.default_backend() == "cpu" and not _loads_again()):
         return False
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+    config.update("jax_compilation_cache_dir", str(folder))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # a run has 200 programs, most of them small
+        config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # a run has 200 programs, most of them small
     return True
 
 

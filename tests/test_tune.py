@@ -65,23 +65,19 @@ def test_a_second_call_measures_nothing_and_another_case_does(key, measured):
     count = len(measured)
     again = jm.tune(jax.random.key(1), _make(), SINE, 4)
     assert len(measured) == count and again == first._replace(source="cache") and "measured before" in str(again)
-    for make, tasks, batch in (
-        (_make(hidden=(9,)), SINE, 4),
-        (_make(2), SINE, 4),
-        (_make(), jm.sinusoid(6), 4),
-        (_make(), SINE, 6),
-    ):
-        count = len(measured)
-        assert jm.tune(key, make, tasks, batch).source == "measured" and len(measured) > count
     assert jm.tune(key, _make(), SINE, 4, cached=False).source == "measured"
-    assert jm.tune(key, _make(), SINE, 4).source == "cache"
+    for make, tasks in ((_make(hidden=(9,)), SINE), (_make(2), SINE), (_make(), jm.sinusoid(6)), (_make(), SINE)):
+        count = len(measured)
+        assert jm.tune(key, make, tasks, 4, chunks=(4,)).source == "measured" and len(measured) == count + 1
+    assert jm.tune(key, _make(), SINE, 6, chunks=(6,)).source == "measured"
+    assert jm.tune(key, _make(), SINE, 4, chunks=(4,)).source == "cache"
 
 
 def test_another_machine_measures_anew(key, measured, monkeypatch):
-    jm.tune(key, _make(), SINE, 4)
+    jm.tune(key, _make(), SINE, 4, chunks=(2,))
     monkeypatch.setattr(tune, "_processor", lambda: "another processor")
-    assert jm.tune(key, _make(), SINE, 4).source == "measured"
-    assert jm.tune(key, _make(), SINE, 4, mesh=jm.task_mesh(2)).source == "measured"
+    assert jm.tune(key, _make(), SINE, 4, chunks=(2,)).source == "measured"
+    assert jm.tune(key, _make(), SINE, 4, chunks=(2,), mesh=jm.task_mesh(2)).source == "measured"
 
 
 @pytest.mark.parametrize(
@@ -116,7 +112,7 @@ def test_every_chunk_and_unroll_gives_the_same_gradient(key):
 
 def test_training_with_the_choice_is_training_with_another(key):
     with jax.enable_x64(True):
-        choice = jm.tune(key, _make(4), SINE, 8)
+        choice = jm.tune(key, _make(4), SINE, 8, unrolls=(True,))
         other = 1 if choice.chunk == 8 else 8
 
         def train(chunk, unroll):
@@ -215,10 +211,11 @@ def test_a_long_run_is_tuned_and_its_resumption_is_not(tmp_path, monkeypatch, ca
     assert described["chunk"] == 2 and described["config"]["unroll"] is False and described["config"]["chunk"] is None
     monkeypatch.setattr(commands, "tune", lambda *_, **__: pytest.fail("it was tuned again"))
     stored = presets.from_dict(described["config"], folder)
-    for config in (dataclasses.replace(stored, steps=5), dataclasses.replace(CONFIG, steps=7)):
-        commands.train(config, folder, resume=True)
-    assert checkpoint.read_run(folder)["config"] == checkpoint.plain(dataclasses.replace(stored, steps=7))
-    assert checkpoint.latest(folder) == 7
+    commands.train(dataclasses.replace(CONFIG, steps=5), folder, resume=True)
+    assert checkpoint.read_run(folder)["config"] == checkpoint.plain(dataclasses.replace(stored, steps=5))
+    assert checkpoint.latest(folder) == 5
+    with pytest.raises(ValueError, match="different: unroll"):
+        commands.train(dataclasses.replace(CONFIG, steps=6, unroll=True), folder, resume=True)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
