@@ -23,9 +23,9 @@ from jmeta.tune import tune
 
 PAPER = 127  # a border brighter than this is paper: the ink is dark
 TEST_KEY, EPISODE_KEY, ADAPT_KEY = 1, 2, 3  # folded into the seed's key, after the training's own
-# Passes through a task, forward and backward, from which a run is tuned: conv4 makes as many in about five minutes on two cores,
-# of which the autotune takes one or two. A shorter run would lose by being tuned.
-TUNED_FROM = 128_000
+# Passes through a task, forward and backward, times parameters, from which a run is tuned: conv4 makes as many in about five
+# minutes on two cores, of which the autotune takes one or two. A shorter run would lose by being tuned.
+TUNED_FROM = 128_000 * 112_000
 
 
 def train(
@@ -102,9 +102,9 @@ def _tuned(config: Config, problem: Problem, mesh: Mesh | None) -> tuple[Config,
     """
     if config.chunk is not None and config.unroll is not None:
         return config, config.chunk
-    passes = config.steps * config.batch * (config.inner_steps + 1)
-    if passes < TUNED_FROM:
-        print(f"{_untuned(config, mesh)} (default: a run this short is not tuned)", flush=True)
+    params = jax.eval_shape(presets.make_learner(config).init, jax.random.key(0)).params
+    if _work(config, params) < TUNED_FROM:
+        print(f"{_untuned(config, params, mesh)} (default: a run this short is not tuned)", flush=True)
         return config, config.chunk
     print("measuring chunk and unroll ...", flush=True)
     choice = tune(
@@ -120,9 +120,13 @@ def _tuned(config: Config, problem: Problem, mesh: Mesh | None) -> tuple[Config,
     return dataclasses.replace(config, unroll=choice.unroll), choice.chunk
 
 
-def _untuned(config: Config, mesh: Mesh | None) -> str:
+def _work(config: Config, params: Any) -> int:
+    """Passes times parameters of a whole run."""
+    return config.steps * config.batch * (config.inner_steps + 1) * sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _untuned(config: Config, params: Any, mesh: Mesh | None) -> str:
     """What is in force where nothing is measured."""
-    params = jax.eval_shape(presets.make_learner(config).init, jax.random.key(0)).params
     chunk = default_chunk(params, config.batch // count_devices(mesh)) if config.chunk is None else config.chunk
     unroll = config.inner_steps <= LONGEST_UNROLL if config.unroll is None else config.unroll
     return f"chunk {chunk}, {'unrolled' if unroll else 'scanned'}"

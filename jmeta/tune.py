@@ -93,7 +93,7 @@ def tune(
         of the share too.
       unrolls: candidates. If None, True for up to 3 inner steps, True and False for up to 20, and False for more.
       cached: whether a choice made before for such a learner, tasks and devices is taken from the user's cache
-        (`JMETA_CACHE_DIR`); what is measured is kept there in any case.
+        (`tune.json` in the folder that JMETA_CACHE_DIR names or `~/.cache/jmeta`), and a new one kept there.
 
     Returns:
       A `Choice`; print it.
@@ -125,7 +125,8 @@ def tune(
         return _measure(functools.partial(gradient, staged=staged), arguments, _room(mesh), best)
 
     choice = _choice(_search(measure, chunks, unrolls), "measured")
-    _remember(name, {**entry, "seconds": _rows(choice.seconds)})
+    if cached:
+        _remember(name, {**entry, "seconds": _rows(choice.seconds)})
     return choice
 
 
