@@ -23,6 +23,7 @@ from jmeta.mesh import task_mesh as task_mesh
 from jmeta.mesh import use_cores as use_cores
 from jmeta.models.adapters import from_linen as from_linen
 from jmeta.models.adapters import from_nnx as from_nnx
+from jmeta.models.adapters import mixed as mixed
 from jmeta.models.backbones import conv4 as conv4
 from jmeta.models.backbones import mlp as mlp
 from jmeta.models.backbones import resnet12 as resnet12
@@ -51,3 +52,6 @@ from jmeta.tasks.sinusoid import sinusoid as sinusoid
 from jmeta.train import Fit as Fit
 from jmeta.train import Validation as Validation
 from jmeta.train import fit as fit
+from jmeta.tune import Choice as Choice
+from jmeta.tune import tune as tune
+from jmeta.tune import use_cache as use_cache

@@ -8,6 +8,7 @@ import tyro
 
 from jmeta import checkpoint, commands, presets
 from jmeta.mesh import use_cores
+from jmeta.tune import use_cache
 
 USAGE = """usage: jmeta COMMAND ...
 
@@ -44,6 +45,7 @@ def _train(args: list[str]) -> None:
     prog = f"jmeta train {name}"
     where, config = _parse(prog, args[named:], default)
     use_cores(where.devices)
+    use_cache()
     print(commands.train(config, where.out, name=name, devices=where.devices))
 
 
@@ -59,6 +61,7 @@ def _resume(args: list[str]) -> None:
     if config.outer_schedule == "cosine" and changed.steps != config.steps:
         raise ValueError(f"train: the outer rate of {run} falls along a cosine over {config.steps} steps, which cannot change now.")
     use_cores(checkpoint.read_run(run).get("devices", 1) if where.devices is None else where.devices)
+    use_cache()
     print(commands.train(changed, run, resume=True, devices=where.devices))
 
 
@@ -83,6 +86,7 @@ def main() -> None:
             _train(rest)
         elif command in shown:
             use_cores()
+            use_cache()
             print(tyro.cli(shown[command], prog=f"jmeta {command}", args=rest))
         elif command in silent:
             tyro.cli(silent[command], prog=f"jmeta {command}", args=rest)

@@ -13,15 +13,19 @@ import tyro
 from jax.sharding import Mesh
 
 from jmeta import checkpoint, presets, runs
-from jmeta.core import Batch, MetaLearner, Theta
+from jmeta.core import LONGEST_UNROLL, Batch, MetaLearner, Theta, default_chunk
 from jmeta.evaluate.fewshot import Score, fewshot
-from jmeta.mesh import check_batch, share, task_mesh
+from jmeta.mesh import check_batch, count_devices, share, task_mesh
 from jmeta.presets import Config, Problem
 from jmeta.tasks.images import Images, from_folder, invert, is_picture, read_picture
 from jmeta.train import Fit, Validation, fit
+from jmeta.tune import tune
 
 PAPER = 127  # a border brighter than this is paper: the ink is dark
 TEST_KEY, EPISODE_KEY, ADAPT_KEY = 1, 2, 3  # folded into the seed's key, after the training's own
+# Passes through a task, forward and backward, times parameters, from which a run is tuned: conv4 makes as many in about five
+# minutes on two cores, of which the autotune takes one or two. A shorter run would lose by being tuned.
+TUNED_FROM = 128_000 * 112_000
 
 
 def train(
@@ -47,7 +51,11 @@ def train(
     checkpoint.check_workdir(folder, resume)
     mesh = _mesh(config, _kept_devices(folder) if devices is None else devices)
     problem = presets.make_problem(config)
-    done = _fit(config, problem, folder, resume, mesh)
+    if (folder / "run.json").is_file():
+        config, chunk = _as_begun(config, folder), config.chunk
+    else:
+        config, chunk = _tuned(config, problem, mesh)
+    done = _fit(config, problem, folder, resume, mesh, chunk)
     score = _test(config, problem, done.theta, problem.test, config.test_episodes, config.seed, mesh)
     result = {**_described(config, problem, score), "seeds": [config.seed], "minutes": _minutes(folder, config.batch)}
     checkpoint.write_json(folder / "result.json", result)
@@ -79,7 +87,52 @@ def _mesh(config: Config, devices: int | None) -> Mesh | None:
     return mesh
 
 
-def _fit(config: Config, problem: Problem, folder: Path, resume: bool, mesh: Mesh | None) -> Fit:
+def _as_begun(config: Config, folder: Path) -> Config:
+    """The config with the unroll that the run in the folder began with; `fit` itself takes up its chunk."""
+    kept = checkpoint.read_run(folder)["config"]
+    if config.unroll is not None or not isinstance(kept, dict):
+        return config
+    return dataclasses.replace(config, unroll=kept.get("unroll"))
+
+
+def _tuned(config: Config, problem: Problem, mesh: Mesh | None) -> tuple[Config, int | None]:
+    """The config with the fastest unroll, and the fastest chunk, of those not given; in a short run both stay as they are.
+
+    The chunk stays out of the config: a run resumed on other devices may need another.
+    """
+    if config.chunk is not None and config.unroll is not None:
+        return config, config.chunk
+    params = jax.eval_shape(presets.make_learner(config).init, jax.random.key(0)).params
+    if _work(config, params) < TUNED_FROM:
+        print(f"{_untuned(config, params, mesh)} (default: a run this short is not tuned)", flush=True)
+        return config, config.chunk
+    print("measuring chunk and unroll ...", flush=True)
+    choice = tune(
+        jax.random.key(config.seed),
+        lambda unroll: presets.make_learner(dataclasses.replace(config, unroll=unroll)),
+        problem.train,
+        config.batch,
+        mesh=mesh,
+        chunks=None if config.chunk is None else (config.chunk,),
+        unrolls=None if config.unroll is None else (config.unroll,),
+    )
+    print(choice, flush=True)
+    return dataclasses.replace(config, unroll=choice.unroll), choice.chunk
+
+
+def _work(config: Config, params: Any) -> int:
+    """Passes times parameters of a whole run."""
+    return config.steps * config.batch * (config.inner_steps + 1) * sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _untuned(config: Config, params: Any, mesh: Mesh | None) -> str:
+    """What is in force where nothing is measured."""
+    chunk = default_chunk(params, config.batch // count_devices(mesh)) if config.chunk is None else config.chunk
+    unroll = config.inner_steps <= LONGEST_UNROLL if config.unroll is None else config.unroll
+    return f"chunk {chunk}, {'unrolled' if unroll else 'scanned'}"
+
+
+def _fit(config: Config, problem: Problem, folder: Path, resume: bool, mesh: Mesh | None, chunk: int | None) -> Fit:
     validate = None
     if problem.valid is not None:
         tested = presets.make_learner(config, config.test_steps)
@@ -92,7 +145,7 @@ def _fit(config: Config, problem: Problem, folder: Path, resume: bool, mesh: Mes
         config.steps,
         config.batch,
         validate=validate,
-        chunk=config.chunk,
+        chunk=chunk,
         mesh=mesh,
         workdir=folder,
         resume=resume,

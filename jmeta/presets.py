@@ -20,6 +20,7 @@ import optax
 from jmeta import losses
 from jmeta.core import MetaLearner, Model, Tasks, memoise
 from jmeta.learners.maml import anil, boil, maml, meta_sgd
+from jmeta.models.adapters import mixed
 from jmeta.models.backbones import conv4, mlp
 from jmeta.models.layers import Norm
 from jmeta.tasks.episodes import episodes
@@ -73,7 +74,11 @@ class Config:
     batch: int = 32
     """Tasks of a meta-step."""
     chunk: int | None = None
-    """Tasks vmapped together; chosen by device and network if not given."""
+    """Tasks vmapped together; chosen by device and network if not given, by measurement in long runs."""
+    unroll: bool | None = None
+    """Whether the inner steps of training are unrolled; if not given up to 10 are, in long runs as measured."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the network's products; bfloat16 is for GPUs and TPUs."""
     validate_every: int = 250
     """Meta-steps between two validations, where the data has validation classes; 0 for none."""
     validate_episodes: int = 200
@@ -134,8 +139,10 @@ def preset(name: str) -> Config:
 def make_model(config: Config) -> Model:
     """The network of a configuration: an MLP of 40-40 for sine waves, conv4 for images."""
     if config.dataset == "sinusoid":
-        return mlp(1, norm="none")
-    return conv4(config.ways, filters=config.filters, shape=(IMAGE_SIZE, IMAGE_SIZE, 1), norm=config.norm)
+        model = mlp(1, norm="none")
+    else:
+        model = conv4(config.ways, filters=config.filters, shape=(IMAGE_SIZE, IMAGE_SIZE, 1), norm=config.norm)
+    return model if config.precision == "float32" else mixed(model, config.precision)
 
 
 def make_outer(config: Config) -> optax.GradientTransformation:
@@ -149,11 +156,13 @@ def make_outer(config: Config) -> optax.GradientTransformation:
 def make_learner(config: Config, steps: int | None = None) -> MetaLearner:
     """The learner of a configuration, with other inner steps if given."""
     model, data = make_model(config), repeat(config.inner_steps if steps is None else steps)
+    unroll = config.unroll if steps is None else None
     loss = losses.mse if config.dataset == "sinusoid" else losses.xent
     if config.method == "meta-sgd":
-        return meta_sgd(model, loss, data, rate=config.inner_rate)
+        return meta_sgd(model, loss, data, rate=config.inner_rate, unroll=unroll)
     make = {"maml": maml, "fomaml": maml, "anil": anil, "boil": boil}[config.method]
-    return make(model, loss, optax.sgd(config.inner_rate), data, order=1 if config.method == "fomaml" else 2)
+    order = 1 if config.method == "fomaml" else 2
+    return make(model, loss, optax.sgd(config.inner_rate), data, order=order, unroll=unroll)
 
 
 def make_splits(config: Config) -> Splits | None:

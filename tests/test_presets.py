@@ -6,6 +6,7 @@ import json
 import jax
 import pytest
 
+import jmeta as jm
 from jmeta import presets
 from jmeta.presets import PRESETS, Config
 
@@ -32,6 +33,19 @@ def test_methods_differ_where_they_should(key):
     assert learner("maml") is not learner("anil")
     with pytest.raises(ValueError, match="learner="):
         presets.from_dict({"rate": 1}, "here")
+
+
+def test_precision_and_unroll_reach_the_learner(key):
+    config = Config(filters=4, inner_steps=4)
+    images = jax.numpy.zeros((5, 28, 28, 1))
+    task = jm.Task(*[jm.Batch(images, jax.numpy.arange(5))] * 2)
+
+    def program(**changed):
+        learner = presets.make_learner(dataclasses.replace(config, **changed))
+        return str(jax.make_jaxpr(lambda theta: learner.grad(key, theta, task, meta_step=0))(learner.init(key)))
+
+    assert "scan[" not in program() and "scan[" in program(unroll=False)
+    assert "bf16" not in program() and "bf16" in program(precision="bfloat16")
 
 
 def test_omniglot_presets_draw_from_the_real_data(omniglot_npz):

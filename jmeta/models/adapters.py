@@ -5,6 +5,7 @@ from typing import Any, cast
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from flax import errors
 
 from jmeta.core import Model, memoise
@@ -118,3 +119,58 @@ def from_nnx(make: Callable[[Any], Any], example: jax.ShapeDtypeStruct | Any) ->
     params = nnx.to_pure_dict(state)
     jax.eval_shape(apply, params, jax.ShapeDtypeStruct(example.shape, example.dtype))
     return Model(init, apply, tuple(name for name in attributes if name in params))
+
+
+def mixed(model: Model, dtype: Any = jnp.bfloat16) -> Model:
+    """A model whose products are computed in a narrower type, for the matrix units of GPUs and TPUs.
+
+    Parameters and inputs are cast on every call; parameters, their gradients and inner updates stay as they are, and so do the
+    sums of jmeta's and Flax's normalisation layers.
+
+    Args:
+      model: a network, with floating parameters.
+      dtype: a floating type. float16 has too narrow a range for gradients without a scaled loss, so bfloat16 is the default.
+
+    Returns:
+      A model with the same parameters and layers, whose outputs and statistics have the parameters' type.
+
+    Raises:
+      ValueError: dtype is no floating type.
+
+    >>> from jmeta.models.backbones import mlp
+    >>> model = mixed(mlp(1))
+    >>> model.apply(model.init(jax.random.key(0)), jnp.ones((5, 1))).dtype
+    dtype('float32')
+    """
+    try:
+        narrow = jnp.dtype(dtype)
+    except TypeError as error:
+        raise ValueError(f"mixed: dtype must be a floating type such as jnp.bfloat16, got {dtype!r}.") from error
+    if not jnp.issubdtype(narrow, jnp.floating):
+        raise ValueError(
+            f"mixed: dtype must be a floating type such as jnp.bfloat16, got {narrow}. Usual cause: a type for quantised networks, "
+            "whose rounding has no gradient."
+        )
+    return _mixed(model, narrow)
+
+
+@memoise
+def _mixed(model: Model, dtype: Any) -> Model:
+    def to(dtype, tree):
+        return jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) else leaf, tree)
+
+    def wide(params):
+        return jnp.result_type(*[leaf for leaf in jax.tree.leaves(params) if jnp.issubdtype(leaf.dtype, jnp.floating)])
+
+    def apply(params, x, stats=None):
+        given = () if stats is None else (stats,)
+        return to(wide(params), model.apply(to(dtype, params), to(dtype, x), *given))
+
+    measure = model.stats
+    if measure is None:
+        return Model(model.init, apply, model.layers)
+
+    def stats(params, x):
+        return to(wide(params), measure(to(dtype, params), to(dtype, x)))
+
+    return Model(model.init, apply, model.layers, stats)

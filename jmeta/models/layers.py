@@ -154,12 +154,12 @@ class BatchNorm(nn.Module):
         if kernel is not None:
             return _folded_batch_norm(self.epsilon, x, kernel, scale, bias)
         if self.is_mutable_collection("stats") and not self.is_initializing():
-            axes = tuple(range(x.ndim - 1))
-            self.put_variable("stats", "mean", x.mean(axes))
-            self.put_variable("stats", "variance", x.var(axes))
+            axes, wide = tuple(range(x.ndim - 1)), x.astype(jnp.promote_types(x.dtype, jnp.float32))
+            self.put_variable("stats", "mean", wide.mean(axes))
+            self.put_variable("stats", "variance", wide.var(axes))
         elif self.has_variable("stats", "mean"):
             mean, variance = self.get_variable("stats", "mean"), self.get_variable("stats", "variance")
-            return (x - mean) * (lax.rsqrt(variance + self.epsilon) * scale) + bias
+            return ((x - mean) * (lax.rsqrt(variance + self.epsilon) * scale) + bias).astype(x.dtype)
         return _batch_norm(self.epsilon, x, scale, bias)
 
 
