@@ -1,5 +1,8 @@
 """jmeta: functional meta-learning on JAX. A rule says how one task is learned, a learner what is carried between tasks."""
 
+from jmeta.autotune import Choice as Choice
+from jmeta.autotune import tune as tune
+from jmeta.autotune import use_cache as use_cache
 from jmeta.checkpoint import versions as versions
 from jmeta.core import Batch as Batch
 from jmeta.core import Data as Data
@@ -52,6 +55,3 @@ from jmeta.tasks.sinusoid import sinusoid as sinusoid
 from jmeta.train import Fit as Fit
 from jmeta.train import Validation as Validation
 from jmeta.train import fit as fit
-from jmeta.tune import Choice as Choice
-from jmeta.tune import tune as tune
-from jmeta.tune import use_cache as use_cache

@@ -7,8 +7,8 @@ from typing import Annotated
 import tyro
 
 from jmeta import checkpoint, commands, presets
+from jmeta.autotune import use_cache
 from jmeta.mesh import use_cores
-from jmeta.tune import use_cache
 
 USAGE = """usage: jmeta COMMAND ...
 

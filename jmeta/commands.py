@@ -13,13 +13,13 @@ import tyro
 from jax.sharding import Mesh
 
 from jmeta import checkpoint, presets, runs
+from jmeta.autotune import tune
 from jmeta.core import LONGEST_UNROLL, Batch, MetaLearner, Theta, default_chunk
 from jmeta.evaluate.fewshot import Score, fewshot
 from jmeta.mesh import check_batch, count_devices, share, task_mesh
 from jmeta.presets import Config, Problem
 from jmeta.tasks.images import Images, from_folder, invert, is_picture, read_picture
 from jmeta.train import Fit, Validation, fit
-from jmeta.tune import tune
 
 PAPER = 127  # a border brighter than this is paper: the ink is dark
 TEST_KEY, EPISODE_KEY, ADAPT_KEY = 1, 2, 3  # folded into the seed's key, after the training's own

@@ -1,7 +1,6 @@
 """The autotune and the cache of compiled programs."""
 
 import dataclasses
-import importlib
 import json
 import math
 import os
@@ -17,11 +16,11 @@ import optax
 import pytest
 
 import jmeta as jm
+from jmeta import autotune as tune
 from jmeta import checkpoint, commands, presets
 from jmeta.train import batch_gradient
 from tests import toys
 
-tune = importlib.import_module("jmeta.tune")  # jmeta.tune is the function
 SINE = jm.sinusoid(5)
 
 
