@@ -136,7 +136,9 @@ def test_memory_grows_with_parameters_alone_where_steps_are_computed_anew(key, o
     def memory(steps, remat=None):
         learner = jm.maml(model, jm.xent, optax.sgd(0.1), jm.repeat(steps), unroll=False, remat=remat)
         program = jax.jit(lambda theta: learner.grad(key, theta, task, meta_step=0)[1])
-        return program.lower(learner.init(key)).compile().memory_analysis().temp_size_in_bytes
+        analysis = program.lower(learner.init(key)).compile().memory_analysis()
+        assert analysis is not None
+        return analysis.temp_size_in_bytes
 
     parameters = sum(4 * leaf.size for leaf in jax.tree.leaves(model.init(key)))
     assert memory(40) - memory(4) < 2 * 36 * parameters
