@@ -13,6 +13,7 @@ class Work(NamedTuple):
     """MAML on one kind of episode.
 
     Attributes:
+      kind: "train" for a meta-gradient, "adapt" for adaptation alone, "evaluate" for few-shot accuracy end to end.
       network: "mlp" of 40-40, "conv4" with stride 2 and a mean over the last map, or "pooled", conv4 with max-pooling.
       shape: of one input.
       filters: channels of each convolution.
@@ -33,13 +34,19 @@ class Work(NamedTuple):
     tasks: int
     rate: float
     order: int = 2
+    kind: Literal["train", "adapt", "evaluate"] = "train"
 
 
+_OMNIGLOT = Work("conv4", (28, 28, 1), 64, 5, 1, 15, 1, 32, 0.4)
 ROWS = {
     "sinusoid": Work("mlp", (1,), 40, 1, 10, 10, 1, 25, 0.01),
-    "omniglot-5w1s": Work("conv4", (28, 28, 1), 64, 5, 1, 15, 1, 32, 0.4),
+    "omniglot-5w1s": _OMNIGLOT,
     "omniglot-20w1s": Work("conv4", (28, 28, 1), 64, 20, 1, 15, 5, 16, 0.1),
     "colour84-5w5s": Work("pooled", (84, 84, 3), 32, 5, 5, 15, 5, 4, 0.01),
+    "adapt 1": _OMNIGLOT._replace(kind="adapt", order=1, tasks=1),
+    "adapt 1000": _OMNIGLOT._replace(kind="adapt", order=1, tasks=1000),
+    "evaluate 1000": _OMNIGLOT._replace(kind="evaluate", order=1, tasks=1000),
+    "omniglot-5w1s-5steps": _OMNIGLOT._replace(steps=5, rate=0.1),
 }
 
 
@@ -59,7 +66,7 @@ def tasks_of(work: Work) -> jm.Tasks:
     if work.network == "mlp":
         return jm.sinusoid(work.shots, work.queries)
     if work.network == "pooled":
-        return jm.Tasks(lambda key, data: _noise(key, work))
+        return jm.Tasks(lambda key, data: noise(key, None, work))
     try:
         images = jm.omniglot().train
     except (FileNotFoundError, ConnectionError) as error:
@@ -68,7 +75,9 @@ def tasks_of(work: Work) -> jm.Tasks:
     return jm.episodes(images, work.ways, work.shots, work.queries)
 
 
-def _noise(key: jax.Array, work: Work) -> jm.Task:
+def noise(key: jax.Array, data: object, work: Work) -> jm.Task:
+    """An episode of images of normal noise."""
+
     def batch(key, each):
         labels = jnp.repeat(jnp.arange(work.ways), each)
         return jm.Batch(jax.random.normal(key, (len(labels), *work.shape)), labels)
@@ -76,36 +85,73 @@ def _noise(key: jax.Array, work: Work) -> jm.Task:
     return jm.Task(*map(batch, jax.random.split(key), (work.shots, work.queries)))
 
 
+def keys_of(work: Work, seed: int) -> jax.Array:
+    """The keys of the episodes, `[tasks]`: for evaluation those that `jm.fewshot` draws with."""
+    key = jax.random.key(seed)
+    if work.kind != "evaluate":
+        return jax.random.split(key, work.tasks)
+    return jax.vmap(lambda number: jax.random.split(jax.random.fold_in(key, number))[0])(jnp.arange(work.tasks))
+
+
 def sample(work: Work, seed: int) -> tuple[jm.Theta, jm.Task]:
     """Weights, and a meta-batch whose arrays have a leading axis `[tasks]`."""
-    tasks, key = tasks_of(work), jax.random.key(seed)
-    batch = jax.jit(jax.vmap(tasks.sample, (0, None)))(jax.random.split(key, work.tasks), tasks.data)
-    return learner_of(work).init(key), batch
+    tasks = tasks_of(work)
+    batch = jax.jit(jax.vmap(tasks.sample, (0, None)))(keys_of(work, seed), tasks.data)
+    return learner_of(work).init(jax.random.key(seed)), batch
 
 
-def _products(work: Work) -> list[int]:
-    """Multiplications of one example's way through each layer, from the first layer to the head."""
+class Layer(NamedTuple):
+    """What one example costs on its way through a layer: multiplications, and numbers read and written."""
+
+    products: int
+    inputs: int
+    outputs: int
+
+
+def layers(work: Work) -> list[Layer]:
+    """From the first layer to the head."""
     if work.network == "mlp":
-        return [40, 40 * 40, 40]
-    side, channels, counts = work.shape[0], work.shape[-1], []
+        return [Layer(40, 1, 40), Layer(40 * 40, 40, 40), Layer(40, 40, 1)]
+    side, channels, found = work.shape[0], work.shape[-1], []
     for _ in range(4):
         stride = 1 if work.network == "pooled" else 2
         outputs = -(-side // stride)
-        counts.append(outputs**2 * 9 * channels * work.filters)
+        found.append(Layer(outputs**2 * 9 * channels * work.filters, side**2 * channels, outputs**2 * work.filters))
         side, channels = side // 2 if work.network == "pooled" else outputs, work.filters
     features = side**2 * channels if work.network == "pooled" else channels
-    return [*counts, features * work.ways]
+    return [*found, Layer(features * work.ways, features, work.ways)]
+
+
+def _passes(work: Work) -> list[tuple[int, int, int]]:
+    """Pairs of counts, `(examples, products of the first layer, of the others)`, of all that one task does.
+
+    A layer's way forward is one product, its way back two: the gradients of weights and of inputs, of which a first layer needs the
+    first alone. Each product has two factors, so differentiating an inner step once more takes twice its products again.
+    """
+    support, query = work.shots * work.ways * work.steps, work.queries * work.ways
+    inner = (support, 4, 9) if work.order == 2 and work.kind == "train" else (support, 2, 3)
+    outer = {"train": (query, 2, 3), "adapt": (0, 0, 0), "evaluate": (query, 1, 1)}[work.kind]
+    return [inner, outer]
 
 
 def operations(work: Work) -> int:
-    """Floating-point operations of a meta-gradient's matrix products, all else left out.
+    """Floating-point operations of the matrix products, all else left out."""
+    first, *others = (layer.products for layer in layers(work))
+    return 2 * work.tasks * sum(count * (ours * first + theirs * sum(others)) for count, ours, theirs in _passes(work))
 
-    A layer's way forward is one product, its way back two: the gradients of weights and of inputs. Each product has two factors, so
-    differentiating an inner step once more takes twice its three. The first layer's inputs need no gradient.
+
+def shortest(work: Work, rate: float, bandwidth: float) -> float:
+    """Seconds that the products would take if each ran at the machine's rate or, if longer, at its bandwidth (a roofline).
+
+    A product reads two arrays and writes one, of which the weights are left out; normalisation and ReLU count as free.
+
+    Args:
+      work: what is computed.
+      rate: floating-point operations a second of a large matrix product.
+      bandwidth: bytes a second of a large copy, read and written.
     """
-    first, *others = _products(work)
-    again = work.order == 2
-    inner = (4 if again else 2) * first + (9 if again else 3) * sum(others)
-    outer = 2 * first + 3 * sum(others)
-    sets = work.shots * work.ways, work.queries * work.ways
-    return 2 * work.tasks * (work.steps * sets[0] * inner + sets[1] * outer)
+    seconds = 0.0
+    for number, layer in enumerate(layers(work)):
+        one = max(2 * layer.products / rate, 4 * (layer.inputs + layer.outputs) / bandwidth)
+        seconds += one * sum(count * (theirs if number else ours) for count, ours, theirs in _passes(work))
+    return work.tasks * seconds

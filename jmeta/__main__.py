@@ -1,4 +1,4 @@
-"""The command line: `jmeta train [PRESET]`, `eval`, `adapt`, `presets`, `data`, `plot`."""
+"""The command line: `jmeta train [PRESET]`, `eval`, `adapt`, `presets`, `data`, `plot`, `bench`."""
 
 import dataclasses
 import sys
@@ -19,6 +19,7 @@ USAGE = """usage: jmeta COMMAND ...
   presets                          list the presets
   data NAME                        render glyphs or fetch omniglot, and show what is there
   plot RUN                         draw learning curve, inner steps and an episode
+  bench [speed|growth|overhead]    time jmeta and the peers that are installed; how its cost grows; what is beside it
 
 `jmeta COMMAND --help` lists the options; `jmeta train PRESET --help` shows all fields of a preset."""
 
@@ -84,6 +85,8 @@ def main() -> None:
     try:
         if command == "train":
             _train(rest)
+        elif command == "bench":
+            sys.exit(commands.bench(rest))
         elif command in shown:
             use_cores()
             use_cache()

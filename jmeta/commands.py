@@ -1,7 +1,9 @@
-"""What the command line does: train, eval, adapt, presets, data, plot. Each is a function that a notebook can call too."""
+"""What the command line does: train, eval, adapt, presets, data, plot, bench. Each is a function that a notebook can call too."""
 
 import dataclasses
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,6 +23,7 @@ from jmeta.presets import Config, Problem
 from jmeta.tasks.images import Images, from_folder, invert, is_picture, read_picture
 from jmeta.train import Fit, Validation, fit
 
+BENCHMARKS = ("speed", "growth", "overhead")
 PAPER = 127  # a border brighter than this is paper: the ink is dark
 TEST_KEY, EPISODE_KEY, ADAPT_KEY = 1, 2, 3  # folded into the seed's key, after the training's own
 # Passes through a task, forward and backward, times parameters, from which a run is tuned: conv4 makes as many in about five
@@ -359,6 +362,23 @@ def data(
             size = f"{images.pixels.shape[1]}x{images.pixels.shape[2]}, {images.pixels.nbytes / 2**20:.0f} MiB"
             first = ", ".join(images.names[:3])
             print(f"{part:6s}{len(images.names):6d} classes {len(images.pixels):7d} images {size}; {first}, ...")
+
+
+def bench(args: list[str]) -> int:
+    """Runs one of the benchmarks that come with jmeta, in a process of its own.
+
+    Args:
+      args: "speed" (also if none is named), "growth" or "overhead", and its options; results go to `NAME.json` here if `--out` is
+        not among them.
+
+    Returns:
+      The exit status.
+    """
+    name, *rest = args if args and args[0] in BENCHMARKS else ["speed", *args]
+    here = Path(__file__).parent
+    folder = next(each for each in (here / "benchmarks", here.parent / "benchmarks") if (each / "speed.py").is_file())
+    out = [] if any(arg.startswith("--out") for arg in rest) else ["--out", f"{name}.json"]
+    return subprocess.run([sys.executable, str(folder / f"{name}.py"), *rest, *out], check=False).returncode
 
 
 def plot(run: Annotated[str, tyro.conf.Positional]) -> list[Path]:

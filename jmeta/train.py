@@ -310,7 +310,9 @@ def _loop(dispatch, key, tasks, now, plan, report, folder, received) -> Fit:
             count = min(plan.boundary(now.step), end, now.step + pace) - now.step
             longest = DISPATCH if block is None else STAGED_DISPATCH
             began = time.perf_counter()
-            carry, rows = dispatch(longest, shared_key, _Carry(now.theta, now.state), data, now.step, count, block)
+            carry, rows = jax.block_until_ready(
+                dispatch(longest, shared_key, _Carry(now.theta, now.state), data, now.step, count, block)
+            )
             rows = jax.tree.map(lambda leaf, count=count: np.asarray(leaf)[:count], rows)
             _check_finite(rows, now.step, folder)
             pace = _next_pace(pace, time.perf_counter() - began, longest)
@@ -501,7 +503,8 @@ def _validated(
 ) -> tuple[checkpoint.Snapshot, Score]:
     key = jax.random.fold_in(key, 2**32 - 1)  # no meta-step has this number
     theta = on_one(now.theta, mesh)
-    score = fewshot(key, validate.learner, theta, validate.tasks, validate.episodes, metric=validate.metric, mesh=mesh)
+    how = {"metric": validate.metric, "every_step": False, "mesh": mesh}
+    score = fewshot(key, validate.learner, theta, validate.tasks, validate.episodes, **how)
     if score.mean > now.score:
         now = now._replace(best=jax.tree.map(jnp.copy, theta), score=score.mean)
     return now, score

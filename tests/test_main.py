@@ -157,3 +157,24 @@ def test_importing_is_light():
     code = f"import sys, jmeta; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1], check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("args", "name"),
+    [
+        (("--rows", "sinusoid", "--orders", "2", "--peers", "jax plain", "--tasks", "2", "--repeats", "1"), "sinusoid, order 2"),
+        (("growth", "--curves", "steps", "--most", "1", "--repeats", "1", "--tasks", "1", "--filters", "4"), "steps"),
+    ],
+    ids=["speed", "growth"],
+)
+def test_bench_writes_what_it_measures_and_keeps_what_is_there(tmp_path, args, name):
+    (tmp_path / "results.json").write_text("{}")
+    done = _jmeta("bench", *args, "--platform", "cpu", "--out", "results.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert name in found and (tmp_path / "results.png").is_file()
+    if name == "steps":
+        assert found["steps"]["variants"]["second order"]["1"]["seconds"] > 0
+    else:
+        contenders = found[name]["contenders"]
+        assert contenders["jmeta"]["seconds"]["median"] > 0 and contenders["jax plain"]["difference"] < 1e-6

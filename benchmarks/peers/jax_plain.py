@@ -41,28 +41,48 @@ def contenders(work, params: Arrays, episodes: tuple[np.ndarray, ...]) -> dict[s
     statistics = jax.eval_shape(model.init, jax.random.key(0), episodes[0][0]).get("batch_stats", {})
     statistics = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), statistics)
 
-    def loss(theta, x, y):
-        outputs, _ = model.apply({"params": theta, "batch_stats": statistics}, x, mutable=["batch_stats"])
-        if work.network == "mlp":
-            return jnp.mean((outputs - y) ** 2)
-        return optax.softmax_cross_entropy_with_integer_labels(outputs, y).mean()
+    def outputs(theta, x):
+        return model.apply({"params": theta, "batch_stats": statistics}, x, mutable=["batch_stats"])[0]
 
-    def task_loss(theta, support_x, support_y, query_x, query_y):
+    def loss(theta, x, y):
+        if work.network == "mlp":
+            return jnp.mean((outputs(theta, x) - y) ** 2)
+        return optax.softmax_cross_entropy_with_integer_labels(outputs(theta, x), y).mean()
+
+    def adapt(theta, x, y):
         for _ in range(work.steps):
-            grads = jax.grad(loss)(theta, support_x, support_y)
+            grads = jax.grad(loss)(theta, x, y)
             grads = grads if work.order == 2 else jax.lax.stop_gradient(grads)
             theta = jax.tree.map(lambda p, g: p - work.rate * g, theta, grads)
-        return loss(theta, query_x, query_y)
+        return theta
 
-    def batch_loss(theta, episodes):
-        return jax.vmap(lambda *episode: task_loss(theta, *episode))(*episodes).mean()
+    def query_loss(theta, support_x, support_y, query_x, query_y):
+        return loss(adapt(theta, support_x, support_y), query_x, query_y)
 
-    run = jax.jit(jax.value_and_grad(batch_loss))
+    def accuracy(theta, support_x, support_y, query_x, query_y):
+        return (outputs(adapt(theta, support_x, support_y), query_x).argmax(-1) == query_y).mean()
+
+    def mean(function):
+        def over_tasks(theta, episodes):
+            results = jax.vmap(lambda *episode: function(theta, *episode))(*episodes)
+            return jax.tree.map(lambda leaf: leaf.mean(0), results)
+
+        return over_tasks
+
+    def train(theta, episodes):
+        value, grads = jax.value_and_grad(mean(query_loss))(theta, episodes)
+        return {**grads, "loss": value}
+
+    kinds = {
+        "train": train,
+        "adapt": mean(lambda theta, x, y, *_: adapt(theta, x, y)),
+        "evaluate": lambda theta, episodes: {"accuracy": mean(accuracy)(theta, episodes)},
+    }
+    run = jax.jit(kinds[work.kind])
     arguments = jax.device_put((theta, episodes))
     return {"jax plain": Contender(lambda: jax.block_until_ready(run(*arguments)), read)}
 
 
-def read(result) -> tuple[float, Arrays]:
-    """Loss and gradients under jmeta's names."""
-    loss, grads = result
-    return float(loss), {name.replace(".", "/"): np.asarray(g) for name, g in flatten_dict(grads, sep="/").items()}
+def read(result) -> Arrays:
+    """Arrays under jmeta's names."""
+    return {name.replace(".", "/"): np.asarray(leaf) for name, leaf in flatten_dict(result, sep="/").items()}

@@ -1,6 +1,6 @@
-"""MAML's meta-gradient in PyTorch, as PyTorch users write and tune it.
+"""MAML in PyTorch, as PyTorch users write and tune it, on the CPU or, where jax computes on one, on a GPU.
 
-Three ways of running a meta-batch, with the same numbers:
+Three ways of running the tasks, with the same numbers:
 
 - `loop`: one task after another, `torch.autograd.grad(create_graph=True)` inside, `backward()` outside;
 - `vmapped`: `torch.func.vmap` over tasks of `torch.func.grad`;
@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 import torch.nn.functional as F  # pyright: ignore[reportMissingImports]
@@ -20,13 +21,20 @@ from torch.func import grad, grad_and_value, vmap  # pyright: ignore[reportMissi
 
 from peers import Arrays, Contender  # pyright: ignore[reportMissingImports]
 
+ON_GPU = jax.default_backend() == "gpu"
+if ON_GPU and not torch.cuda.is_available():
+    raise ImportError("this PyTorch has no CUDA, while jax computes on a GPU")
+if ON_GPU:  # as jax does by itself
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
 torch.set_num_threads(os.cpu_count() or 1)
 
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 STRIDE = 2
 EPSILON = 1e-5
-VMAP_CHUNK = 4  # fastest of 1, 2, 4, 8 and all 32 tasks of conv4 on a CPU with two cores
+VMAP_CHUNK = None if ON_GPU else 4  # on a CPU with two cores the fastest of 1, 2, 4, 8 and all 32 tasks of conv4
 
 Params = dict[str, torch.Tensor]
+Outputs = Callable[[Params, torch.Tensor], torch.Tensor]
 Loss = Callable[[Params, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -44,21 +52,22 @@ Run = Callable[[Params, Episodes], tuple[torch.Tensor, Params]]
 
 def to_params(arrays: Mapping[str, np.ndarray]) -> Params:
     """Weights from jmeta's layout: kernels `[3, 3, in, out]` become `[out, in, 3, 3]`, all else stays as it is."""
-    kernels = {name: torch.tensor(a.transpose(3, 2, 0, 1)) for name, a in arrays.items() if a.ndim == 4}
+    kernels = {name: torch.tensor(a.transpose(3, 2, 0, 1), device=DEVICE) for name, a in arrays.items() if a.ndim == 4}
     kernels = {name: kernel.contiguous(memory_format=torch.channels_last) for name, kernel in kernels.items()}
-    return {name: kernels[name] if name in kernels else torch.tensor(a) for name, a in arrays.items()}
+    return {name: kernels[name] if name in kernels else torch.tensor(a, device=DEVICE) for name, a in arrays.items()}
 
 
 def to_arrays(params: Params) -> dict[str, np.ndarray]:
-    """Weights, or their gradients, back in jmeta's layout."""
-    arrays = {name: p.detach().numpy() for name, p in params.items()}
+    """Weights, gradients or means, back in jmeta's layout."""
+    arrays = {name: p.detach().cpu().numpy() for name, p in params.items()}
     return {name: a.transpose(2, 3, 1, 0) if a.ndim == 4 else a for name, a in arrays.items()}
 
 
 def to_episodes(arrays: tuple[np.ndarray, ...]) -> Episodes:
     """Episodes from images `[tasks, n, height, width, channels]`, or numbers `[tasks, n, 1]`, and their targets."""
-    xs = [torch.tensor(x) if x.ndim == 3 else torch.tensor(x).movedim(-1, -3) for x in arrays[::2]]
-    ys = [torch.tensor(y) if y.ndim == 3 else torch.tensor(y, dtype=torch.int64) for y in arrays[1::2]]
+    xs = [torch.tensor(x, device=DEVICE) for x in arrays[::2]]
+    xs = [x if x.ndim == 3 else x.movedim(-1, -3) for x in xs]
+    ys = [torch.tensor(y, device=DEVICE, dtype=None if y.ndim == 3 else torch.int64) for y in arrays[1::2]]
     return Episodes(xs[0], ys[0], xs[1], ys[1])
 
 
@@ -82,27 +91,33 @@ def block(params: Params, name: str, x: torch.Tensor, pool: bool) -> torch.Tenso
     return F.max_pool2d(x, 2) if pool else x
 
 
-def conv4_loss(params: Params, x: torch.Tensor, y: torch.Tensor, pool: bool = False) -> torch.Tensor:
-    """Mean cross-entropy of conv4's logits for images `[n, channels, size, size]` against labels `[n]`."""
+def conv4(params: Params, x: torch.Tensor, pool: bool = False) -> torch.Tensor:
+    """Logits of conv4 for images `[n, channels, size, size]`."""
     for number in range(1, 5):
         x = block(params, f"block{number}", x, pool)
     features = x.permute(0, 2, 3, 1).flatten(1) if pool else x.mean((2, 3))
-    return F.cross_entropy(features @ params["head/kernel"] + params["head/bias"], y)
+    return features @ params["head/kernel"] + params["head/bias"]
 
 
-def pooled_loss(params: Params, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """As `conv4_loss`, with max-pooling."""
-    return conv4_loss(params, x, y, pool=True)
+def pooled(params: Params, x: torch.Tensor) -> torch.Tensor:
+    """As `conv4`, with max-pooling."""
+    return conv4(params, x, pool=True)
 
 
-def mlp_loss(params: Params, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of two hidden layers for `x[n, 1]` against `y[n, 1]`."""
+def mlp(params: Params, x: torch.Tensor) -> torch.Tensor:
+    """Outputs of two hidden layers for `x[n, 1]`."""
     for name in ("layer1", "layer2"):
         x = F.relu(x @ params[f"{name}/dense/kernel"] + params[f"{name}/dense/bias"])
-    return F.mse_loss(x @ params["head/kernel"] + params["head/bias"], y)
+    return x @ params["head/kernel"] + params["head/bias"]
 
 
-LOSSES = {"mlp": mlp_loss, "conv4": conv4_loss, "pooled": pooled_loss}
+NETWORKS: dict[str, Outputs] = {"mlp": mlp, "conv4": conv4, "pooled": pooled}
+
+
+def loss_of(network: str) -> Loss:
+    """The loss of one of `NETWORKS`, `(params, x, y) -> scalar`: squared error for the MLP, cross-entropy for images."""
+    outputs, error = NETWORKS[network], F.mse_loss if network == "mlp" else F.cross_entropy
+    return lambda params, x, y: error(outputs(params, x), y)
 
 
 def adapt(loss: Loss, params: Params, x: torch.Tensor, y: torch.Tensor, *, rate: float, steps: int, order: int) -> Params:
@@ -183,18 +198,94 @@ def _task_gradient(loss: Loss, rate: float, steps: int, order: int):
     return grad_and_value(query_loss)
 
 
+def use(work, task: Callable) -> Callable[[Params, Episodes], Params]:
+    """What adapted parameters are used for: `task(params, support x, support y) -> phi`, over tasks one after another."""
+    outputs = NETWORKS[work.network]
+
+    def run(params, episodes):
+        total = {}
+        for support_x, support_y, query_x, query_y in zip(*episodes, strict=True):
+            found = task(params, support_x, support_y)
+            if work.kind == "evaluate":
+                with torch.no_grad():
+                    found = {"accuracy": (outputs(found, query_x).argmax(-1) == query_y).to(query_x.dtype).mean()}
+            total = {name: total[name] + f if total else f for name, f in found.items()}
+        return {name: t.detach() / len(episodes.support_y) for name, t in total.items()}
+
+    return run
+
+
+def use_vmapped(work, task: Callable) -> Callable[[Params, Episodes], Params]:
+    """As `use`, `VMAP_CHUNK` tasks at a time."""
+    outputs = NETWORKS[work.network]
+
+    def one(params, support_x, support_y, query_x, query_y):
+        phi = task(params, support_x, support_y)
+        if work.kind == "adapt":
+            return phi
+        return {"accuracy": (outputs(phi, query_x).argmax(-1) == query_y).to(query_x.dtype).mean()}
+
+    together = vmap(one, (None, 0, 0, 0, 0))
+
+    def run(params, episodes):
+        total, count = {}, len(episodes.support_y)
+        for start in range(0, count, VMAP_CHUNK or count):
+            found = together(params, *(leaf[start : start + (VMAP_CHUNK or count)] for leaf in episodes))
+            total = {name: total[name] + f.sum(0) if total else f.sum(0) for name, f in found.items()}
+        return {name: t / count for name, t in total.items()}
+
+    return run
+
+
+def _users(work, loss: Loss) -> dict[str, Callable]:
+    """The three ways of adapting without a meta-gradient."""
+
+    def by_tape(params, x, y):
+        leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+        return adapt(loss, leaves, x, y, rate=work.rate, steps=work.steps, order=1)
+
+    def by_function(params, x, y):
+        for _ in range(work.steps):
+            grads = grad(loss)(params, x, y)
+            params = {name: p - work.rate * grads[name] for name, p in params.items()}
+        return params
+
+    return {
+        "loop": use(work, by_tape),
+        "vmap": use_vmapped(work, by_function),
+        "compile": use(work, torch.compile(by_function)),
+    }
+
+
+def _trainers(work, loss: Loss) -> dict[str, Callable]:
+    """The three ways of a meta-gradient."""
+
+    def named(run):
+        def result(params, episodes):
+            value, grads = run(params, episodes)
+            return {**grads, "loss": value}
+
+        return result
+
+    options = {"rate": work.rate, "steps": work.steps, "order": work.order}
+    ways = {"loop": loop, "vmap": vmapped, "compile": compiled}
+    return {name: named(way(loss, **options)) for name, way in ways.items()}
+
+
 def contenders(work, params: Arrays, episodes: tuple[np.ndarray, ...]) -> dict[str, Contender]:
     """PyTorch's three ways."""
     own_params, own_episodes = to_params(params), to_episodes(episodes)
-    options = {"rate": work.rate, "steps": work.steps, "order": work.order}
-
-    def contender(way):
-        run = way(LOSSES[work.network], **options)
-        return Contender(lambda: run(own_params, own_episodes), read)
-
-    return {f"torch {name}": contender(way) for name, way in {"loop": loop, "vmap": vmapped, "compile": compiled}.items()}
+    runs = (_trainers if work.kind == "train" else _users)(work, loss_of(work.network))
+    return {f"torch {name}": Contender(waiting(run, own_params, own_episodes), to_arrays) for name, run in runs.items()}
 
 
-def read(result: tuple[torch.Tensor, Params]) -> tuple[float, Arrays]:
-    """Loss and gradients as NumPy has them."""
-    return float(result[0]), to_arrays(result[1])
+def waiting(run: Callable, *arguments) -> Callable[[], Params]:
+    """`run(*arguments)`, done before it returns."""
+
+    def done():
+        result = run(*arguments)
+        if ON_GPU:
+            torch.cuda.synchronize()
+        return result
+
+    return done

@@ -11,7 +11,7 @@ import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 
 from peers import Arrays, Contender  # pyright: ignore[reportMissingImports]
-from peers.torch_maml import LOSSES, Episodes, Params, read, to_episodes, to_params  # pyright: ignore[reportMissingImports]
+from peers.torch_maml import Episodes, Params, loss_of, to_arrays, to_episodes, to_params, waiting  # pyright: ignore[reportMissingImports]
 
 
 class Net(torch.nn.Module):
@@ -19,17 +19,17 @@ class Net(torch.nn.Module):
 
     def __init__(self, network: str, params: Params):
         super().__init__()
-        self.network = network
+        self.loss = loss_of(network)
         for name, value in params.items():
             self.register_parameter(name.replace("/", "-"), torch.nn.Parameter(value.clone()))
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Mean loss of inputs `[n, ...]` against targets `[n, ...]`."""
-        return LOSSES[self.network]({name.replace("-", "/"): p for name, p in self._parameters.items()}, x, y)
+        return self.loss({name.replace("-", "/"): p for name, p in self.named_parameters()}, x, y)
 
     def gradients(self) -> Params:
         """The gradients that `backward()` left, under jmeta's names."""
-        return {name.replace("-", "/"): p.grad for name, p in self.named_parameters()}
+        return {name.replace("-", "/"): p.grad for name, p in self.named_parameters() if p.grad is not None}
 
 
 def _higher(higher, net: Net, work) -> Callable[[tuple], torch.Tensor]:
@@ -77,6 +77,8 @@ def contenders(work, params: Arrays, episodes: tuple[np.ndarray, ...], library: 
     Raises:
       ImportError: it is not installed, or does not do this work.
     """
+    if work.kind != "train":
+        raise ImportError(f"{library} is raced at meta-gradients alone")
     net = Net(work.network, to_params(params))
     task = LIBRARIES[library](importlib.import_module(library), net, work)
     own: Episodes = to_episodes(episodes)
@@ -84,6 +86,6 @@ def contenders(work, params: Arrays, episodes: tuple[np.ndarray, ...], library: 
     def run():
         net.zero_grad()
         losses = [task(episode) for episode in zip(*own, strict=True)]
-        return torch.stack(losses).sum(), net.gradients()
+        return {**net.gradients(), "loss": torch.stack(losses).sum()}
 
-    return {library: Contender(run, read)}
+    return {library: Contender(waiting(run), to_arrays)}

@@ -28,7 +28,7 @@ class Score(NamedTuple):
     Attributes:
       mean: after the last inner step.
       interval: half width of the 95 % interval of the mean, 1.96 standard errors over episodes.
-      by_step: `[steps + 1, 2]`, mean and interval after 0..steps inner steps.
+      by_step: `[steps + 1, 2]`, mean and interval after 0..steps inner steps; `[1, 2]` where the last alone was measured.
       episodes: how many episodes.
       transductive: whether predictions of the queries depend on each other, found by predicting one alone.
     """
@@ -42,18 +42,22 @@ class Score(NamedTuple):
     def __str__(self) -> str:
         """`0.987 ± 0.004 (95 % interval, 600 episodes, transductive); by inner step: 0.251 0.987`."""
         kind = "transductive" if self.transductive else "not transductive"
+        text = f"{self.mean:.3f} ± {self.interval:.3f} (95 % interval, {self.episodes} episodes, {kind})"
         steps = " ".join(f"{mean:.3f}" for mean in self.by_step[:, 0])
-        return f"{self.mean:.3f} ± {self.interval:.3f} (95 % interval, {self.episodes} episodes, {kind}); by inner step: {steps}"
+        return f"{text}; by inner step: {steps}" if len(self.by_step) > 1 else text
 
 
-@functools.partial(jax.jit, static_argnums=range(5))
-def _curves(learner, sample, metric, together, mesh, theta, data, keys, staged):
-    """The metric after each step for each key, `[len(keys), steps + 1]`."""
+@functools.partial(jax.jit, static_argnums=range(6))
+def _curves(learner, sample, metric, together, mesh, every_step, theta, data, keys, staged):
+    """The metric after each step for each key, `[len(keys), steps + 1]`, or `[len(keys), 1]` after the last."""
 
     def one(theta, data, key, own):
         key_task, key_learn = jax.random.split(key)
         task = sample(key_task, data if staged is None else own)
-        outputs = learner.curve(key_learn, theta, task)
+        if every_step:
+            outputs = learner.curve(key_learn, theta, task)
+        else:
+            outputs = learner.predict(learner.adapt(key_learn, theta, task.support), task.query.x)[None]
         extra = () if task.query.mask is None else (task.query.mask,)
         return jax.vmap(lambda y: metric(y, task.query.y, *extra))(outputs)
 
@@ -83,6 +87,7 @@ def fewshot(
     episodes: int = 600,
     *,
     metric: Callable[..., jax.Array] | None = None,
+    every_step: bool = True,
     chunk: int | None = None,
     mesh: Mesh | None = None,
 ) -> Score:
@@ -95,6 +100,7 @@ def fewshot(
       tasks: episodes of classes that training did not see.
       episodes: how many; 600 is customary.
       metric: `(outputs, y) -> scalar`, or `(outputs, y, mask)`; accuracy if None.
+      every_step: False measures after the last inner step alone, which is faster; `by_step` then has that row alone.
       chunk: episodes evaluated together on a device; chosen by device and network if None.
       mesh: devices that the episodes are spread over, as `jmeta.task_mesh()` makes it; None uses one.
 
@@ -112,7 +118,7 @@ def fewshot(
     together = chunk or default_chunk(theta.params, size // devices)
     numbers = jnp.arange(-(-episodes // size) * size).reshape(-1, size)  # the last dispatch may run over: one program serves all
     keys = jax.vmap(jax.vmap(functools.partial(jax.random.fold_in, key)))(numbers)
-    program = learner, tasks.sample, metric or accuracy, together, mesh
+    program = learner, tasks.sample, metric or accuracy, together, mesh, every_step
     run = functools.partial(_curves, *program, *replicate((theta, tasks.data), mesh))
     curves = [np.asarray(run(part, staged)) for part, staged in _ahead(tasks, keys)]
     values = np.concatenate(curves)[:episodes].astype(np.float64)

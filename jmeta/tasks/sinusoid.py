@@ -32,14 +32,9 @@ def sinusoid(shots: int = 10, queries: int | None = None) -> Tasks:
         raise ValueError(f"sinusoid: shots and queries must be at least 1, got {points[0]} and {points[1]}.")
 
     def sample(key, data):
-        key_amplitude, key_phase, *keys = jax.random.split(key, 4)
-        amplitude = jax.random.uniform(key_amplitude, minval=0.1, maxval=5.0)
-        phase = jax.random.uniform(key_phase, maxval=jnp.pi)
-
-        def batch(key, number):
-            x = jax.random.uniform(key, (number, 1), minval=-5.0, maxval=5.0)
-            return Batch(x, amplitude * jnp.sin(x - phase))
-
-        return Task(*map(batch, keys, points))
+        drawn = jax.random.uniform(key, (2 + sum(points), 1))  # at once, since each draw costs much beside so small a task
+        amplitude, phase, x = 0.1 + 4.9 * drawn[0], jnp.pi * drawn[1], 10.0 * drawn[2:] - 5.0
+        y = amplitude * jnp.sin(x - phase)
+        return Task(Batch(x[: points[0]], y[: points[0]]), Batch(x[points[0] :], y[points[0] :]))
 
     return Tasks(sample)

@@ -34,6 +34,13 @@ def test_score_equals_a_loop_over_episodes(key):
     assert score.by_step[0, 0] == pytest.approx(float((outputs.argmax(-1) == before.query.y).mean()), abs=1e-6)
 
 
+def test_the_last_step_alone_scores_as_at_the_end_of_the_curve(key):
+    learner, tasks = _learner(), toys.blobs()
+    last, every = (jm.fewshot(key, learner, learner.init(key), tasks, 30, every_step=each) for each in (False, True))
+    assert last.mean == pytest.approx(every.mean, abs=1e-6) and last.interval == pytest.approx(every.interval, abs=1e-6)
+    assert last.by_step.shape == (1, 2) and "by inner step" not in str(last)
+
+
 def test_the_learner_tested_may_take_more_steps(key):
     theta = _learner().init(key)
     assert jm.fewshot(key, _learner(steps=5), theta, toys.blobs(), 5).by_step.shape == (6, 2)

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import jmeta as jm
+from jmeta.tasks.episodes import distinct
 
 
 def _images(classes=7, each=6, size=8):
@@ -100,3 +101,11 @@ def test_sinusoid_is_a_sine_of_the_papers_ranges(key):
         (a, b), *_ = np.linalg.lstsq(features, targets, rcond=None)
         np.testing.assert_allclose(features @ [a, b], targets, atol=1e-3)
         assert 0.09 < np.hypot(a, b) < 5.01 and b < 1e-3  # -amplitude * sin(phase), phase in [0, pi]
+
+
+def test_distinct_numbers_are_different_and_every_order_is_equally_likely(key):
+    drawn = np.asarray(jax.jit(jax.vmap(lambda key: distinct(key, 4, 3)))(jax.random.split(key, 24_000)))
+    orders, counts = np.unique(drawn, axis=0, return_counts=True)
+    assert len(orders) == 24 and all(len(set(order)) == 3 for order in orders.tolist())
+    assert ((counts - 1000) ** 2 / 1000).sum() < 49.7  # chi-squared of 23 degrees of freedom: once in a thousand keys
+    np.testing.assert_array_equal(np.sort(distinct(key, 5, 5)), np.arange(5))
