@@ -237,18 +237,18 @@ def measure(row: str, work: Work, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def shares(row: dict[str, Any]) -> tuple[float, float]:
+def shares(row: dict[str, Any]) -> dict[str, float]:
     """Of a row, the share of the matrix product's rate that jmeta reaches, and that of the roofline (`work.shortest`)."""
     seconds = row["contenders"]["jmeta"]["seconds"]["median"]
     least = shortest(Work(**row["work"]), row["matrix_rate"], row["bandwidth"])
-    return row["operations"] / seconds / row["matrix_rate"], least / seconds
+    return {"share_of_rate": row["operations"] / seconds / row["matrix_rate"], "share_of_roofline": least / seconds}
 
 
 def report(name: str, row: dict[str, Any]) -> None:
     """Prints one row for people."""
-    of_rate, of_roofline = shares(row)
+    of_rate, of_roofline = (f"{100 * row[name]:.0f} %" for name in ("share_of_rate", "share_of_roofline"))
     machine = f"{row['matrix_rate'] / 1e9:.0f} GFLOP/s of a large matrix product and {row['bandwidth'] / 1e9:.0f} GB/s of a copy"
-    print(f"{name}: {row['operations'] / 1e9:.2f} GFLOP; jmeta at {100 * of_rate:.0f} % of the rate, {100 * of_roofline:.0f} %")
+    print(f"{name}: {row['operations'] / 1e9:.2f} GFLOP; jmeta at {of_rate} of the rate, {of_roofline}")
     print(f"  of the roofline, with {machine}; {row['tasks_per_second']:.0f} tasks/s")
     for peer, found in row["contenders"].items():
         if "missing" in found:
@@ -278,6 +278,7 @@ def main() -> None:
         for order in args.orders if ROWS[row].kind == "train" else [1]:
             name = f"{row}, order {order}" if ROWS[row].kind == "train" else row
             rows[name] = {**common, **measure(row, work_of(row, order), args)}
+            rows[name] |= shares(rows[name])
             report(name, rows[name])
             write_json(args.out, rows)
     draw(rows, args.out.with_suffix(".png"))

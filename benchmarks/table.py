@@ -1,15 +1,16 @@
-"""Writes the measured tables of the README from the committed results.
+"""Writes the measured tables of the READMEs from the committed results.
 
-python benchmarks/table.py        rewrites what stands between the `<!-- table: ... -->` marks of README.md
+python benchmarks/table.py        rewrites what stands between the `<!-- table: ... -->` marks of README.md and benchmarks/README.md
 """
 
 import json
-import re
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 NAMES = {"maml": "MAML", "fomaml": "FOMAML", "anil": "ANIL", "meta-sgd": "Meta-SGD", "boil": "BOIL"}
 
 
@@ -31,7 +32,7 @@ def omniglot() -> str:
         "device",
         "minutes",
     )
-    lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
+    lines = _head(titles)
     order = list(NAMES)
     for (split, steps, method, schedule), results in sorted(rows.items(), key=lambda row: (*row[0][:2], order.index(row[0][2]))):
         results.sort(key=lambda result: result["seeds"])
@@ -49,7 +50,7 @@ def sinusoid() -> str:
     """Sine waves: test error after 1, 5 and 10 inner steps, a row a seed, and the paper's."""
     found = json.loads((RESULTS / "sinusoid.json").read_text())
     steps = list(found["paper"])
-    lines = ["| run | " + " | ".join(f"after {step}" for step in steps) + " |", "|" + "---|" * (len(steps) + 1)]
+    lines = _head(["run", *(f"after {step}" for step in steps)])
     lines.append("| Finn et al. 2017 | " + " | ".join(f"{found['paper'][step]:.2f}" for step in steps) + " |")
     for run in found["runs"]:
         cells = (f"{run['by_step'][step]['mse']:.2f} ± {run['by_step'][step]['interval95']:.2f}" for step in steps)
@@ -58,10 +59,10 @@ def sinusoid() -> str:
 
 
 def speed() -> str:
-    """Milliseconds of a MAML meta-gradient, jmeta and its peers: a row for each kind of work."""
+    """Milliseconds of jmeta and its peers: a row for each kind of work."""
     found = json.loads((RESULTS / "speed.json").read_text())
     names = list(dict.fromkeys(name for row in found.values() for name in row["contenders"]))
-    lines = ["| work | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 1)]
+    lines = _head(["work", *names])
     for work, row in found.items():
         cells = (_milliseconds(row["contenders"].get(name, {})) for name in names)
         lines.append(f"| {work} | {' | '.join(cells)} |")
@@ -77,14 +78,84 @@ def _milliseconds(contender: dict) -> str:
     return f"{median:.{digits}f} ({fastest:.{digits}f} to {slowest:.{digits}f})"
 
 
+def reach() -> str:
+    """What jmeta makes of the machine, and how far it is ahead of the best PyTorch peer: a row for each kind of work."""
+    titles = (
+        "work",
+        "GFLOP",
+        "tasks/s",
+        "of the product's rate",
+        "of the roofline",
+        "best peer in PyTorch",
+        "JAX as people write it",
+    )
+    lines = _head(titles)
+    for work, row in json.loads((RESULTS / "speed.json").read_text()).items():
+        ratios = dict(row["ratios"])
+        plain = ratios.pop("jax plain", None)
+        best = min(ratios, key=ratios.__getitem__)
+        cells = (
+            f"{row['operations'] / 1e9:.3g}",
+            f"{row['tasks_per_second']:.3g}",
+            f"{100 * row['share_of_rate']:.0f} %",
+            f"{100 * row['share_of_roofline']:.0f} %",
+            f"{ratios[best]:.2f}x ({best})",
+            "-" if plain is None else f"{plain:.2f}x",
+        )
+        lines.append(f"| {work} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def needs() -> str:
+    """Seconds of the first call, and MiB at most of a later one: a row for each kind of work."""
+    found = json.loads((RESULTS / "speed.json").read_text())
+    names = list(dict.fromkeys(name for row in found.values() for name in row["contenders"]))
+    lines = _head(["work", *names])
+    for work, row in found.items():
+        each = (row["contenders"].get(name, {}) for name in names)
+        cells = (f"{one['first_call_seconds']:.1f} s, {one['peak_mib']:.0f} MiB" if "seconds" in one else "-" for one in each)
+        lines.append(f"| {work} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def growth() -> str:
+    """Milliseconds and MiB by size: a row for each curve and variant."""
+    lines = _head(["what grows", "variant", "milliseconds, MiB"])
+    for curve, rows in json.loads((RESULTS / "growth.json").read_text()).items():
+        for variant, points in rows["variants"].items():
+            cells = [f"{size}: {1e3 * each['seconds']:.0f} ms, {each['mib']:.0f} MiB" for size, each in points.items()]
+            lines.append(f"| {curve} | {variant} | {'; '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def overhead() -> str:
+    """Shares of a meta-step: a row for each kind of work."""
+    lines = _head(["work", "a meta-step", "sampling", "Python"])
+    for work, row in json.loads((RESULTS / "overhead.json").read_text()).items():
+        cells = (
+            f"{1e3 * row['seconds']['meta-step']:.3g} ms",
+            *(f"{100 * row[f'{name}_share']:.1f} %" for name in ("sampling", "python")),
+        )
+        lines.append(f"| {work} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _head(titles: Iterable[str]) -> list[str]:
+    """The first two lines of a table."""
+    titles = list(titles)
+    return [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
+
+
 def fill(text: str) -> str:
-    """The README with every marked table as the results have it."""
-    for make in (omniglot, sinusoid, speed):
+    """A page with every marked table as the results have it."""
+    for make in (omniglot, sinusoid, speed, reach, needs, growth, overhead):
         mark = f"<!-- table: {make.__name__} -->"
-        text = re.sub(f"{mark}.*?{mark}", lambda _, make=make, mark=mark: f"{mark}\n{make()}\n{mark}", text, flags=re.DOTALL)
+        if mark in text:
+            before, _, after = text.split(mark)
+            text = f"{before}{mark}\n{make()}\n{mark}{after}"
     return text
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(fill(readme.read_text()))
+    for page in PAGES:
+        page.write_text(fill(page.read_text()))

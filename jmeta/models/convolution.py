@@ -1,9 +1,9 @@
 """Convolution of stride 1 as XLA computes it best on a CPU, in both orders of differentiation, and as patches under `vmap`.
 
-XLA's own derivatives of a convolution are slow on a CPU: of the kernel by 40 times for 3 x 3. Both derivatives are convolutions of
-stride 1 again, which it runs well: of the images with a kernel turned by 180 degrees, of the kernel with channels for examples. So
-two bilinear functions, `convolve` and `correlate`, are closed under differentiation. Where `vmap` gives each task its own kernel,
-either becomes a product of patches instead, since XLA would make a grouped convolution of it.
+The derivatives that XLA makes of a convolution run many times slower on a CPU than the convolution itself. Both are convolutions of
+stride 1 again: of the images with a kernel turned by 180 degrees, of the kernel with examples for channels. So two bilinear
+functions, `convolve` and `correlate`, are closed under differentiation. Under `vmap` either becomes a product of patches instead,
+since of a convolution whose kernel differs from task to task XLA makes a grouped one, which no backend runs well.
 """
 
 from collections.abc import Callable, Sequence
@@ -106,13 +106,15 @@ def _correlate(x, y, *, padding):
         wide, tall = block
         wide = jnp.concatenate([wide[:, :, j : j + columns] for j in range(width)], -1)
         tall = jnp.concatenate([tall[:, height - 1 - i : height - 1 - i + rows] for i in range(height)], -1)
-        return total + wide.reshape(-1, width * channels).T @ tall.reshape(-1, height * features), None
+        wide, tall = wide.reshape(-1, width * channels), tall.reshape(-1, height * features)
+        return total + jnp.matmul(wide.T, tall, preferred_element_type=total.dtype), None
 
     size = rows * columns * (width * channels + height * features) * x.dtype.itemsize
     count = max(each for each in range(1, len(x) + 1) if len(x) % each == 0 and (each == 1 or each * size <= CACHE))
     blocks = jax.tree.map(lambda leaf: leaf.reshape(-1, count, *leaf.shape[1:]), (wide, tall))
-    total, _ = lax.scan(part, jnp.zeros((width * channels, height * features), x.dtype), blocks)
-    return total.reshape(width, channels, height, features).transpose(2, 0, 1, 3)
+    zeros = jnp.zeros((width * channels, height * features), jnp.promote_types(x.dtype, jnp.float32))
+    total, _ = lax.scan(part, zeros, blocks)
+    return total.astype(x.dtype).reshape(width, channels, height, features).transpose(2, 0, 1, 3)
 
 
 def _convolve_patches(x, kernel, *, padding):
@@ -128,7 +130,9 @@ def _correlate_patches(x, y, *, padding):
 
 
 def _convolve_shape(x, kernel, *, padding):
-    sides = [x.shape[axis + 1] + sum(padding[axis]) - kernel.shape[axis] + 1 for axis in (0, 1)]
+    if x.shape[-1] != kernel.shape[2]:
+        raise ValueError(f"convolve: images {x.shape} must have as many channels as the kernel {kernel.shape} expects.")
+    sides = [max(0, x.shape[axis + 1] + sum(padding[axis]) - kernel.shape[axis] + 1) for axis in (0, 1)]
     return ShapedArray((x.shape[0], *sides, kernel.shape[-1]), x.dtype)
 
 
@@ -145,7 +149,7 @@ def _of_images(y, kernel, padding):
 
 
 def _primitive(name: str, shape: Callable, direct: Callable, by_patches: Callable) -> Primitive:
-    """A function of two arrays that runs as `direct`, or as `by_patches` where `vmap` maps its second."""
+    """A function of two arrays that runs as `direct`, or under `vmap` as `by_patches`."""
     primitive = Primitive(name)
     primitive.def_impl(jax.jit(direct, static_argnames="padding"))
     primitive.def_abstract_eval(shape)
