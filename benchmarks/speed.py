@@ -4,10 +4,10 @@
     python benchmarks/speed.py --rows omniglot-5w1s --orders 2        one row
     python benchmarks/speed.py --platform cuda                        on a GPU, with a PyTorch for CUDA
 
-For each row, every contender is first tried alone in a process of its own, which gives the time of its first call (compilation)
-and its peak memory, and keeps one that takes too long from stopping the others. Then losses and meta-gradients must agree, in
-float64 to 1e-6: in float32 a ReLU whose input lies within rounding of 0 opens on one side and not on the other, which can move the
-mean over the tasks by a percent. Then all take turns in one process, in float32. Sampling the episodes is timed in evaluation
+For each row, every contender gets a process of its own, which tells the time of its first call (compilation) and its peak memory,
+and keeps one that takes too long from stopping the others. Then losses and meta-gradients must agree, in float64 to 1e-6: in
+float32 a ReLU whose input lies within rounding of 0 opens on one side and not on the other, which can move the mean over the tasks
+by a percent. Then the processes take turns, in float32, all others asleep. Sampling the episodes is timed in evaluation
 alone, and there for jmeta alone. Nothing else should run meanwhile: the load average beforehand is kept with the result.
 """
 
@@ -15,13 +15,18 @@ import argparse
 import functools
 import importlib
 import json
+import math
+import os
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +44,8 @@ from jmeta.mesh import count_devices, replicate, share, spread
 from jmeta.train import batch_gradient
 
 TOLERANCE = 1e-6
-REST = 0.3  # seconds before each timed call, in which the threads of the one before it stop spinning
+REST = 0.2  # seconds before each timed call, in which the threads of the one before it stop spinning
+SHORT = 0.05  # seconds; calls shorter than this are timed several at a time
 OUT = Path(__file__).parent / "results" / "speed.json"
 PEERS = {  # name: module, further arguments
     "torch loop": ("torch_maml", {}),
@@ -59,11 +65,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
     parser.add_argument("--tasks", type=int, help="tasks of a meta-batch; each row has its own if not given")
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--limit", type=float, default=120.0, help="seconds for a contender alone")
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds for a contender's first two calls")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--platform", help="jax's platform, such as cpu or cuda; jax's choice if not given")
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--alone", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -124,11 +130,15 @@ def contender(name: str, work: Work, theta: jm.Theta, batch: jm.Task, seed: int)
     return importlib.import_module(f"peers.{module}").contenders(work, params, episodes, **options)[name]
 
 
-def alone(name: str, work: Work, seed: int) -> dict[str, float]:
-    """What one contender needs by itself: seconds of its first two calls, and memory that the second takes at most.
+def serve(name: str, work: Work, seed: int) -> None:
+    """The process of one contender: writes a line of what it needs, then for every line that it reads the seconds of a call,
+    for short ones the mean of several.
 
-    The memory is the process's, or on a GPU the device's, above what was there before the first call.
+    What it needs are the seconds of the first two calls and the memory that the second takes at most, of the process or on a GPU of
+    the device, above what was there before the first. What libraries print goes to stderr.
     """
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
     theta, batch = sample(work, seed)
     run = contender(name, work, theta, batch, seed).run
     before = _memory("VmRSS")
@@ -137,7 +147,10 @@ def alone(name: str, work: Work, seed: int) -> dict[str, float]:
     if clear.exists():
         clear.write_text("5")  # Linux then takes its note of the peak anew
     second = seconds_of(run)
-    return {"first_call_seconds": first, "second_call_seconds": second, "peak_mib": _peak(name, before)}
+    print(json.dumps({"first_call_seconds": first, "second_call_seconds": second, "peak_mib": _peak(name, before)}), file=answers)
+    calls = max(1, math.ceil(SHORT / second))
+    for _ in sys.stdin:
+        print(seconds_of(lambda: [run() for _ in range(calls)]) / calls, file=answers)
 
 
 def _memory(field: str) -> float:
@@ -156,17 +169,43 @@ def _peak(name: str, before: float) -> float:
     return importlib.import_module("torch").cuda.max_memory_allocated() / 2**20
 
 
-def try_alone(name: str, row: str, work: Work, args: argparse.Namespace) -> dict[str, Any]:
-    """`alone`, in a process of its own; `{"missing": why}` where that fails or takes too long."""
-    command = [sys.executable, __file__, "--alone", name, "--rows", row, "--orders", str(work.order), "--tasks", str(work.tasks)]
+class Racer(NamedTuple):
+    """A contender's process, None where it failed or took too long, and what it said first."""
+
+    process: subprocess.Popen | None
+    found: dict[str, Any]
+
+
+def start(name: str, row: str, work: Work, args: argparse.Namespace) -> Racer:
+    """A contender, ready in a process of its own, so that neither its threads nor its memory weigh on the others."""
+    command = [sys.executable, __file__, "--serve", name, "--rows", row, "--orders", str(work.order), "--tasks", str(work.tasks)]
     command += ["--seed", str(args.seed)] + (["--platform", args.platform] if args.platform else [])
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=args.limit, check=False)
-    except subprocess.TimeoutExpired:
-        return {"missing": f"two calls were not done after {args.limit:.0f} s"}
-    if done.returncode:
-        return {"missing": done.stderr.strip().splitlines()[-1]}
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # they share a GPU's memory
+    with tempfile.TemporaryFile("w+") as errors:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
+        process = subprocess.Popen(command, text=True, bufsize=1, env=environment, **pipes)
+        late = threading.Timer(args.limit, process.kill)
+        late.start()
+        line = _answer(process)
+        late.cancel()
+        if line:
+            return Racer(process, json.loads(line))
+        process.wait()
+        errors.seek(0)
+        said = errors.read().strip().splitlines()
+    why = f"two calls were not done after {args.limit:.0f} s" if process.returncode == -signal.SIGKILL else said[-1]
+    return Racer(None, {"missing": why})
+
+
+def _answer(process: subprocess.Popen) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline()
+
+
+def _call(process: subprocess.Popen) -> float:
+    assert process.stdin is not None
+    print(file=process.stdin, flush=True)
+    return float(_answer(process))
 
 
 def disagreement(ours: Arrays, theirs: Arrays) -> float:
@@ -203,13 +242,13 @@ def _widen(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.astype("float64") if leaf.dtype == "float32" else leaf, tree)
 
 
-def race(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, float]]:
+def race(processes: dict[str, subprocess.Popen], repeats: int) -> dict[str, dict[str, float]]:
     """Times the contenders in turn, `repeats` rounds of them after one that does not count."""
-    seconds = {name: [] for name in runs}
+    seconds = {name: [] for name in processes}
     for number in range(repeats + 1):
-        for name, run in runs.items():
+        for name, process in processes.items():
             time.sleep(REST)
-            taken = seconds_of(run)
+            taken = _call(process)
             if number:
                 seconds[name].append(taken)
     return {name: {"median": statistics.median(each), "fastest": min(each), "slowest": max(each)} for name, each in seconds.items()}
@@ -217,24 +256,30 @@ def race(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str
 
 def measure(row: str, work: Work, args: argparse.Namespace) -> dict[str, Any]:
     """One row: who runs, whether they agree, how long they take."""
-    contenders = {name: try_alone(name, row, work, args) for name in ["jmeta", *args.peers]}
-    names = [name for name, found in contenders.items() if "missing" not in found]
-    if "jmeta" not in names:
+    racers = {name: start(name, row, work, args) for name in ["jmeta", *args.peers]}
+    contenders = {name: racer.found for name, racer in racers.items()}
+    processes = {name: racer.process for name, racer in racers.items() if racer.process is not None}
+    if "jmeta" not in processes:
         sys.exit(f"jmeta itself fails: {contenders['jmeta']['missing']}")
-    for name, found in check(names, work, args.seed).items():
-        contenders[name]["difference"] = found
-    theta, batch = sample(work, args.seed)
-    runs = {name: contender(name, work, theta, batch, args.seed).run for name in names}
-    for name, seconds in race(runs, args.repeats).items():
-        contenders[name]["seconds"] = seconds
+    try:
+        for name, found in check(list(processes), work, args.seed).items():
+            contenders[name]["difference"] = found
+        rates = {"matrix_rate": matrix_rate(), "bandwidth": bandwidth()}
+        for name, seconds in race(processes, args.repeats).items():
+            contenders[name]["seconds"] = seconds
+    finally:
+        for process in processes.values():
+            process.kill()
     ours = contenders["jmeta"]["seconds"]["median"]
-    return {
+    result = {
+        **rates,
         "work": work._asdict(),
         "operations": operations(work),
         "contenders": contenders,
         "tasks_per_second": work.tasks / ours,
-        "ratios": {name: contenders[name]["seconds"]["median"] / ours for name in names if name != "jmeta"},
+        "ratios": {name: contenders[name]["seconds"]["median"] / ours for name in processes if name != "jmeta"},
     }
+    return {**result, **shares(result)}
 
 
 def shares(row: dict[str, Any]) -> dict[str, float]:
@@ -267,18 +312,16 @@ def main() -> None:
         jax.config.update("jax_platforms", args.platform)
     jm.use_cores()
     work_of = functools.partial(_work, tasks=args.tasks)
-    if args.alone:
-        print(json.dumps(alone(args.alone, work_of(args.rows[0], args.orders[0]), args.seed)))
+    if args.serve:
+        serve(args.serve, work_of(args.rows[0], args.orders[0]), args.seed)
         return
-    rates = {"matrix_rate": matrix_rate(), "bandwidth": bandwidth()}
-    common = {"machine": machine(), "seed": args.seed, "repeats": args.repeats, **rates}
+    common = {"machine": machine(), "seed": args.seed, "repeats": args.repeats}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     rows = json.loads(args.out.read_text()) if args.out.exists() else {}
     for row in args.rows:
         for order in args.orders if ROWS[row].kind == "train" else [1]:
             name = f"{row}, order {order}" if ROWS[row].kind == "train" else row
             rows[name] = {**common, **measure(row, work_of(row, order), args)}
-            rows[name] |= shares(rows[name])
             report(name, rows[name])
             write_json(args.out, rows)
     draw(rows, args.out.with_suffix(".png"))
