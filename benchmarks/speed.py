@@ -131,11 +131,11 @@ def contender(name: str, work: Work, theta: jm.Theta, batch: jm.Task, seed: int)
 
 
 def serve(name: str, work: Work, seed: int) -> None:
-    """The process of one contender: writes a line of what it needs, then for every line that it reads the seconds of a call,
-    for short ones the mean of several.
+    """The process of one contender: writes a line of what it needs, then for every line that it reads the seconds of a call.
 
     What it needs are the seconds of the first two calls and the memory that the second takes at most, of the process or on a GPU of
-    the device, above what was there before the first. What libraries print goes to stderr.
+    the device, above what was there before the first. The seconds of short calls are means of several, as in training, where they
+    follow each other. What libraries print goes to stderr.
     """
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
