@@ -42,11 +42,12 @@ def point(work: Work, remat: bool, repeats: int) -> dict[str, float]:
     model = jm.conv4(work.ways, filters=work.filters)
     learner = jm.maml(model, jm.xent, optax.sgd(work.rate), jm.repeat(work.steps), order=work.order, remat=remat)
     mesh = jm.task_mesh(share(work.tasks, jax.device_count()))
-    tasks = jm.Tasks(functools.partial(noise, work=work))
+    batch = jax.vmap(functools.partial(noise, data=None, work=work))(jax.random.split(jax.random.key(1), work.tasks))
     theta = learner.init(jax.random.key(0))
     chunk = default_chunk(theta.params, work.tasks // count_devices(mesh))
-    gradient = jax.jit(batch_gradient(learner, tasks.sample, work.tasks, chunk, mesh))
-    arguments = (*replicate((jax.random.key(1), theta, ()), mesh), jnp.array(0))
+    given = batch_gradient(learner, lambda key, task: task, work.tasks, chunk, mesh)
+    gradient = jax.jit(functools.partial(given, staged=True))
+    arguments = (*replicate((jax.random.key(1), theta, batch), mesh), jnp.array(0))
     compiled: list[Any] = []
     compilation = seconds_of(lambda: compiled.append(gradient.lower(*arguments).compile()))
     analysis = compiled[0].memory_analysis()
@@ -55,8 +56,8 @@ def point(work: Work, remat: bool, repeats: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measures, prints and writes each point, and draws the curves; points that are there already are measured anew."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Measures, prints and writes each point, and draws the curves; points of the same base that are not measured stay."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--curves", nargs="+", default=list(CURVES), choices=list(CURVES))
     parser.add_argument("--most", type=int, help="leave out points above this")
     parser.add_argument("--tasks", type=int, default=BASE.tasks, help="where it does not vary")
@@ -68,15 +69,17 @@ def main() -> None:
     if args.platform:
         jax.config.update("jax_platforms", args.platform)
     jm.use_cores()
+    where = machine()
     base = BASE._replace(tasks=args.tasks, filters=args.filters)
     found = json.loads(args.out.read_text()) if args.out.exists() else {}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     for curve in args.curves:
-        rows = {"machine": machine(), "base": base._asdict(), "variants": {}}
+        before = found.get(curve, {}) if found.get(curve, {}).get("base") == base._asdict() else {}
+        rows = {"machine": where, "base": base._asdict(), "variants": {}}
         for name, (order, remat, curves) in VARIANTS.items():
             if curve not in curves:
                 continue
-            rows["variants"][name] = {}
+            rows["variants"][name] = dict(before.get("variants", {}).get(name, {}))
             for size in CURVES[curve]:
                 if args.most is None or size <= args.most:
                     each = point(base._replace(**{curve: size}, order=order), remat, args.repeats)

@@ -105,16 +105,17 @@ def measure(work: Work, steps: int, repeats: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measures, prints and writes every row."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", default=list(STEPS), choices=list(STEPS))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     jm.use_cores()
+    where = machine()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     found = json.loads(args.out.read_text()) if args.out.exists() else {}
     for row in args.rows:
-        found[row] = {"machine": machine(), **measure(ROWS[row], STEPS[row], args.repeats)}
+        found[row] = {"machine": where, **measure(ROWS[row], STEPS[row], args.repeats)}
         each = found[row]
         shares = [f"{100 * each[name]:.1f} %" for name in ("sampling_share", "fresh_against_fixed", "python_share")]
         print(f"{row}: {1e3 * each['seconds']['meta-step']:.2f} ms a meta-step; sampling {shares[0]} alone,")

@@ -17,7 +17,6 @@ import importlib
 import json
 import math
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -59,7 +58,7 @@ PEERS = {  # name: module, further arguments
 
 def arguments() -> argparse.Namespace:
     """What the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--orders", nargs="+", type=int, default=[2, 1], choices=(1, 2), help="of meta-gradients")
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
@@ -133,9 +132,9 @@ def contender(name: str, work: Work, theta: jm.Theta, batch: jm.Task, seed: int)
 def serve(name: str, work: Work, seed: int) -> None:
     """The process of one contender: writes a line of what it needs, then for every line that it reads the seconds of a call.
 
-    What it needs are the seconds of the first two calls and the memory that the second takes at most, of the process or on a GPU of
-    the device, above what was there before the first. The seconds of short calls are means of several, as in training, where they
-    follow each other. What libraries print goes to stderr.
+    What it needs are the seconds of the first two calls and the memory that the second takes at most, of the process above what was
+    there before the first, or on a GPU all that was allocated at once so far. The seconds of short calls are means of several, as in
+    training, where they follow each other. What libraries print goes to stderr.
     """
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -164,7 +163,7 @@ def _peak(name: str, before: float) -> float:
     """MiB."""
     if jax.default_backend() != "gpu":
         return (_memory("VmHWM") - before) / 1024
-    if name.startswith("jax") or name == "jmeta":
+    if name.startswith("jax") or name == "jmeta":  # of all calls so far, and with the episodes
         return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", float("nan")) / 2**20
     return importlib.import_module("torch").cuda.max_memory_allocated() / 2**20
 
@@ -180,21 +179,20 @@ def start(name: str, row: str, work: Work, args: argparse.Namespace) -> Racer:
     """A contender, ready in a process of its own, so that neither its threads nor its memory weigh on the others."""
     command = [sys.executable, __file__, "--serve", name, "--rows", row, "--orders", str(work.order), "--tasks", str(work.tasks)]
     command += ["--seed", str(args.seed)] + (["--platform", args.platform] if args.platform else [])
-    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # they share a GPU's memory
     with tempfile.TemporaryFile("w+") as errors:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
-        process = subprocess.Popen(command, text=True, bufsize=1, env=environment, **pipes)
+        process = subprocess.Popen(command, text=True, bufsize=1, **pipes)
         late = threading.Timer(args.limit, process.kill)
         late.start()
         line = _answer(process)
+        in_time = late.is_alive()
         late.cancel()
         if line:
             return Racer(process, json.loads(line))
         process.wait()
         errors.seek(0)
-        said = errors.read().strip().splitlines()
-    why = f"two calls were not done after {args.limit:.0f} s" if process.returncode == -signal.SIGKILL else said[-1]
-    return Racer(None, {"missing": why})
+        said = errors.read().strip().splitlines() or [f"ended with status {process.returncode}"]
+    return Racer(None, {"missing": said[-1] if in_time else f"two calls were not done after {args.limit:.0f} s"})
 
 
 def _answer(process: subprocess.Popen) -> str:
@@ -205,7 +203,10 @@ def _answer(process: subprocess.Popen) -> str:
 def _call(process: subprocess.Popen) -> float:
     assert process.stdin is not None
     print(file=process.stdin, flush=True)
-    return float(_answer(process))
+    answer = _answer(process)
+    if not answer:
+        sys.exit(f"a contender ended in the race with status {process.wait()}: {process.args}")
+    return float(answer)
 
 
 def disagreement(ours: Arrays, theirs: Arrays) -> float:
@@ -216,7 +217,7 @@ def disagreement(ours: Arrays, theirs: Arrays) -> float:
     """
     norms = {name: float(np.linalg.norm(g)) for name, g in theirs.items()}
     floor = 0.01 * float(np.linalg.norm(list(norms.values())))
-    return max(float(np.linalg.norm(ours[name] - g)) / max(norms[name], floor) for name, g in theirs.items())
+    return float(np.max([np.linalg.norm(ours[name] - g) / max(norms[name], floor) for name, g in theirs.items()]))
 
 
 def check(names: list[str], work: Work, seed: int) -> dict[str, float]:
@@ -256,12 +257,15 @@ def race(processes: dict[str, subprocess.Popen], repeats: int) -> dict[str, dict
 
 def measure(row: str, work: Work, args: argparse.Namespace) -> dict[str, Any]:
     """One row: who runs, whether they agree, how long they take."""
-    racers = {name: start(name, row, work, args) for name in ["jmeta", *args.peers]}
-    contenders = {name: racer.found for name, racer in racers.items()}
-    processes = {name: racer.process for name, racer in racers.items() if racer.process is not None}
-    if "jmeta" not in processes:
-        sys.exit(f"jmeta itself fails: {contenders['jmeta']['missing']}")
+    contenders: dict[str, dict[str, Any]] = {}
+    processes: dict[str, subprocess.Popen] = {}
     try:
+        for name in ["jmeta", *args.peers]:
+            process, contenders[name] = start(name, row, work, args)
+            if process is not None:
+                processes[name] = process
+        if "jmeta" not in processes:
+            sys.exit(f"jmeta itself fails: {contenders['jmeta']['missing']}")
         for name, found in check(list(processes), work, args.seed).items():
             contenders[name]["difference"] = found
         rates = {"matrix_rate": matrix_rate(), "bandwidth": bandwidth()}
@@ -308,6 +312,7 @@ def report(name: str, row: dict[str, Any]) -> None:
 def main() -> None:
     """Measures, prints, and after each row writes it into the JSON file, whose other rows stay."""
     args = arguments()
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # all processes share a GPU's memory
     if args.platform:
         jax.config.update("jax_platforms", args.platform)
     jm.use_cores()

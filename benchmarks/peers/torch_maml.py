@@ -9,7 +9,6 @@ Three ways of running the tasks, with the same numbers:
 Inside, images and kernels are NCHW and OIHW in shape and channels-last in memory, which is a little faster on a CPU.
 """
 
-import os
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ import torch  # pyright: ignore[reportMissingImports]
 import torch.nn.functional as F  # pyright: ignore[reportMissingImports]
 from torch.func import grad, grad_and_value, vmap  # pyright: ignore[reportMissingImports]
 
+from jmeta.mesh import usable_cores
 from peers import Arrays, Contender  # pyright: ignore[reportMissingImports]
 
 ON_GPU = jax.default_backend() == "gpu"
@@ -26,12 +26,12 @@ if ON_GPU and not torch.cuda.is_available():
     raise ImportError("this PyTorch has no CUDA, while jax computes on a GPU")
 if ON_GPU:  # as jax does by itself
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
-torch.set_num_threads(os.cpu_count() or 1)
+torch.set_num_threads(usable_cores())
 
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 STRIDE = 2
 EPSILON = 1e-5
-VMAP_CHUNK = None if ON_GPU else 4  # on a CPU with two cores the fastest of 1, 2, 4, 8 and all 32 tasks of conv4
+VMAP_CHUNK = 4  # on a CPU with two cores the fastest of 1, 2, 4, 8 and all 32 tasks of conv4
 
 Params = dict[str, torch.Tensor]
 Outputs = Callable[[Params, torch.Tensor], torch.Tensor]
@@ -158,12 +158,17 @@ def loop(loss: Loss, *, rate: float, steps: int, order: int) -> Run:
     return run
 
 
+def chunk_of(episodes: Episodes) -> int:
+    """Tasks that are vmapped together: those of an MLP and of a GPU all."""
+    return len(episodes.support_y) if ON_GPU or episodes.support_x.ndim == 3 else VMAP_CHUNK
+
+
 def vmapped(loss: Loss, *, rate: float, steps: int, order: int) -> Run:
-    """`VMAP_CHUNK` tasks at a time through `torch.func.vmap`. Otherwise as `loop`."""
-    tasks = vmap(_task_gradient(loss, rate, steps, order), (None, 0, 0, 0, 0), chunk_size=VMAP_CHUNK)
+    """`chunk_of` tasks at a time through `torch.func.vmap`. Otherwise as `loop`."""
+    task = _task_gradient(loss, rate, steps, order)
 
     def run(params, episodes):
-        grads, losses = tasks(params, *episodes)
+        grads, losses = vmap(task, (None, 0, 0, 0, 0), chunk_size=chunk_of(episodes))(params, *episodes)
         return losses.mean(), {name: g.mean(0) for name, g in grads.items()}
 
     return run
@@ -216,7 +221,7 @@ def use(work, task: Callable) -> Callable[[Params, Episodes], Params]:
 
 
 def use_vmapped(work, task: Callable) -> Callable[[Params, Episodes], Params]:
-    """As `use`, `VMAP_CHUNK` tasks at a time."""
+    """As `use`, `chunk_of` tasks at a time."""
     outputs = NETWORKS[work.network]
 
     def one(params, support_x, support_y, query_x, query_y):
@@ -228,9 +233,9 @@ def use_vmapped(work, task: Callable) -> Callable[[Params, Episodes], Params]:
     together = vmap(one, (None, 0, 0, 0, 0))
 
     def run(params, episodes):
-        total, count = {}, len(episodes.support_y)
-        for start in range(0, count, VMAP_CHUNK or count):
-            found = together(params, *(leaf[start : start + (VMAP_CHUNK or count)] for leaf in episodes))
+        total, count, chunk = {}, len(episodes.support_y), chunk_of(episodes)
+        for start in range(0, count, chunk):
+            found = together(params, *(leaf[start : start + chunk] for leaf in episodes))
             total = {name: total[name] + f.sum(0) if total else f.sum(0) for name, f in found.items()}
         return {name: t / count for name, t in total.items()}
 
@@ -242,7 +247,8 @@ def _users(work, loss: Loss) -> dict[str, Callable]:
 
     def by_tape(params, x, y):
         leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
-        return adapt(loss, leaves, x, y, rate=work.rate, steps=work.steps, order=1)
+        phi = adapt(loss, leaves, x, y, rate=work.rate, steps=work.steps, order=1)
+        return {name: p.detach() for name, p in phi.items()}
 
     def by_function(params, x, y):
         for _ in range(work.steps):

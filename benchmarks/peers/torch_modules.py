@@ -38,12 +38,15 @@ def _higher(higher, net: Net, work) -> Callable[[tuple], torch.Tensor]:
     def task(episode):
         support_x, support_y, query_x, query_y = episode
         track = work.order == 2
-        with higher.innerloop_ctx(net, optimiser, copy_initial_weights=False, track_higher_grads=True) as (fast, inner):
+        with higher.innerloop_ctx(net, optimiser, copy_initial_weights=False, track_higher_grads=track) as (fast, inner):
             for _ in range(work.steps):
-                callback = None if track else (lambda grads: [g.detach() for g in grads])
-                inner.step(fast(support_x, support_y), grad_callback=callback)
+                inner.step(fast(support_x, support_y))
             loss = fast(query_x, query_y) / work.tasks
-            loss.backward()
+            if track:
+                loss.backward()
+            else:  # in first order the gradient at the adapted parameters is that of the first ones
+                for p, g in zip(net.parameters(), torch.autograd.grad(loss, list(fast.parameters())), strict=True):
+                    p.grad = g if p.grad is None else p.grad + g
         return loss.detach()
 
     return task

@@ -1,9 +1,10 @@
-"""Convolution of stride 1 as XLA computes it best on a CPU, in both orders of differentiation, and as patches under `vmap`.
+"""Convolution of stride 1 as a CPU computes it best, in both orders of differentiation, and as patches under `vmap`.
 
 The derivatives that XLA makes of a convolution run many times slower on a CPU than the convolution itself. Both are convolutions of
-stride 1 again: of the images with a kernel turned by 180 degrees, of the kernel with examples for channels. So two bilinear
-functions, `convolve` and `correlate`, are closed under differentiation. Under `vmap` either becomes a product of patches instead,
-since of a convolution whose kernel differs from task to task XLA makes a grouped one, which no backend runs well.
+stride 1 again: of the images with a kernel turned by 180 degrees, of the kernel with examples for channels, which is here a sum of
+products. So two bilinear functions, `convolve` and `correlate`, are closed under differentiation. Under `vmap` either becomes a
+product of patches instead, since of a convolution whose kernel differs from task to task XLA makes a grouped one, which no backend
+runs well.
 """
 
 from collections.abc import Callable, Sequence
@@ -130,8 +131,11 @@ def _correlate_patches(x, y, *, padding):
 
 
 def _convolve_shape(x, kernel, *, padding):
-    if x.shape[-1] != kernel.shape[2]:
-        raise ValueError(f"convolve: images {x.shape} must have as many channels as the kernel {kernel.shape} expects.")
+    if x.shape[-1] != kernel.shape[2] or x.dtype != kernel.dtype:
+        raise ValueError(
+            f"convolve: images must have the channels and the type of the kernel, got {x.dtype}{list(x.shape)} and "
+            f"{kernel.dtype}{list(kernel.shape)}."
+        )
     sides = [max(0, x.shape[axis + 1] + sum(padding[axis]) - kernel.shape[axis] + 1) for axis in (0, 1)]
     return ShapedArray((x.shape[0], *sides, kernel.shape[-1]), x.dtype)
 

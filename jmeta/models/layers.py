@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.linen.dtypes import promote_dtype
 from jax import lax
 
 from jmeta.models.convolution import convolve, patches_of, planes_of, times_kernel
@@ -28,7 +29,7 @@ def task_conv(
     precision: Any = None,
     **_: Any,
 ) -> jax.Array:
-    """A 2-D convolution as patches (strided slices, concatenated) times a matrix.
+    """A 2-D convolution as patches (strided slices, concatenated) times a matrix; on a CPU, for stride 1, as `convolve`.
 
     `vmap` over the weights of a convolution makes a grouped convolution, which no backend runs well; of this it makes a batched
     matrix product. Flax's layers take it as `conv_general_dilated=task_conv`; the arguments are those of
@@ -128,9 +129,10 @@ def _folded_batch_norm(epsilon: float, planes: jax.Array, kernel: jax.Array, sca
     dtype = planes.dtype
     flat = planes.reshape(len(planes), -1).astype(jnp.promote_types(dtype, jnp.float32))
     centred = flat - flat.mean(1, keepdims=True)
-    covariance = centred @ centred.T / flat.shape[1]
+    exactly = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)  # k' V k cancels where V is nearly singular
+    covariance = exactly(centred, centred.T) / flat.shape[1]
     matrix = kernel.reshape(len(planes), -1).astype(flat.dtype)
-    variance = (matrix * (covariance @ matrix)).sum(0)
+    variance = jnp.maximum((matrix * exactly(covariance, matrix)).sum(0), 0)
     folded = matrix * (scale * lax.rsqrt(variance + epsilon))
     product = centred.astype(dtype).T @ folded.astype(dtype) + bias.astype(dtype)
     return product.reshape(*planes.shape[1:], -1)
@@ -206,7 +208,7 @@ def conv_norm(norm: Norm, x: jax.Array, features: int, size: int = 3, stride: in
       stride: in both dimensions.
       use_bias: whether the convolution has a bias. Its value is not added where the normalisation would subtract it again.
     """
-    kernel, bias = _Kernel(features, size, use_bias, name="conv")(x.shape[-1])
+    x, kernel, bias = promote_dtype(x, *_Kernel(features, size, use_bias, name="conv")(x.shape[-1]))
     sides, strides = (size, size), (stride, stride)
     if norm == "batch" and size * size * x.shape[-1] <= features:
         padding = lax.padtype_to_pads(x.shape[1:3], sides, strides, "SAME")
