@@ -10,7 +10,6 @@ step is computed anew on the way back.
 
 import argparse
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import optax
-from machine import machine, seconds_of  # pyright: ignore[reportMissingImports]
+from machine import machine, results, seconds_of  # pyright: ignore[reportMissingImports]
 from work import Work, noise  # pyright: ignore[reportMissingImports]
 
 import jmeta as jm
@@ -71,7 +70,7 @@ def main() -> None:
     jm.use_cores()
     where = machine()
     base = BASE._replace(tasks=args.tasks, filters=args.filters)
-    found = json.loads(args.out.read_text()) if args.out.exists() else {}
+    found = results(args.out)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     for curve in args.curves:
         before = found.get(curve, {}) if found.get(curve, {}).get("base") == base._asdict() else {}

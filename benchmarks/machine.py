@@ -1,7 +1,9 @@
 """What the machine is, and what it reaches."""
 
+import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable
 from importlib import metadata
@@ -10,6 +12,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from jmeta.mesh import processor
 
 SIDE = 2048  # of the matrices whose product measures the machine
 COPIED = 2**28  # bytes of the array whose copy does
@@ -43,15 +47,30 @@ def bandwidth() -> float:
     return 2 * COPIED / min(seconds[1:])
 
 
+def results(path: Path) -> dict[str, Any]:
+    """What an earlier call wrote into a JSON file; nothing where there is none.
+
+    Raises:
+      SystemExit: the file holds something else, to which nothing must be added.
+    """
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+        fits = isinstance(found, dict) and all("machine" in row for row in found.values())
+    except (ValueError, TypeError):
+        fits = False
+    if not fits:
+        sys.exit(f"--out is {path}, which exists and holds no results of a benchmark; give another name.")
+    return found
+
+
 def machine() -> dict[str, Any]:
     """Processor, cores, device, load average of the last minute, and versions."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     installed = {dist.name.lower() for dist in metadata.distributions()}
     packages = [name for name in PACKAGES if name in installed]
     return {
-        "processor": models[0] if models else platform.processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "devices": [device.device_kind for device in jax.devices()],
         "load_before": os.getloadavg()[0],

@@ -10,7 +10,6 @@ program, the same on one fixed batch of episodes in place of fresh ones, and the
 import argparse
 import cProfile
 import functools
-import json
 import pstats
 import statistics
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from machine import machine, seconds_of  # pyright: ignore[reportMissingImports]
+from machine import machine, results, seconds_of  # pyright: ignore[reportMissingImports]
 from work import ROWS, Work, learner_of, tasks_of  # pyright: ignore[reportMissingImports]
 
 import jmeta as jm
@@ -108,12 +107,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", default=list(STEPS), choices=list(STEPS))
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--platform", help="jax's platform, such as cpu or cuda; jax's choice if not given")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
+    if args.platform:
+        jax.config.update("jax_platforms", args.platform)
     jm.use_cores()
     where = machine()
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    found = json.loads(args.out.read_text()) if args.out.exists() else {}
+    found = results(args.out)
     for row in args.rows:
         found[row] = {"machine": where, **measure(ROWS[row], STEPS[row], args.repeats)}
         each = found[row]

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from chart import draw  # pyright: ignore[reportMissingImports]
 from flax.traverse_util import flatten_dict
-from machine import bandwidth, machine, matrix_rate, seconds_of  # pyright: ignore[reportMissingImports]
+from machine import bandwidth, machine, matrix_rate, results, seconds_of  # pyright: ignore[reportMissingImports]
 from peers import Arrays, Contender  # pyright: ignore[reportMissingImports]
 from work import ROWS, Work, learner_of, operations, sample, shortest, tasks_of  # pyright: ignore[reportMissingImports]
 
@@ -133,8 +133,8 @@ def serve(name: str, work: Work, seed: int) -> None:
     """The process of one contender: writes a line of what it needs, then for every line that it reads the seconds of a call.
 
     What it needs are the seconds of the first two calls and the memory that the second takes at most, of the process above what was
-    there before the first, or on a GPU all that was allocated at once so far. The seconds of short calls are means of several, as in
-    training, where they follow each other. What libraries print goes to stderr.
+    there before the first, or on a GPU all that was allocated at once so far. The seconds of short calls are means of several, as
+    in training, where they follow each other. What libraries print goes to stderr.
     """
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -322,7 +322,7 @@ def main() -> None:
         return
     common = {"machine": machine(), "seed": args.seed, "repeats": args.repeats}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    rows = json.loads(args.out.read_text()) if args.out.exists() else {}
+    rows = results(args.out)
     for row in args.rows:
         for order in args.orders if ROWS[row].kind == "train" else [1]:
             name = f"{row}, order {order}" if ROWS[row].kind == "train" else row

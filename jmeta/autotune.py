@@ -9,7 +9,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import re
 import sys
 import tempfile
@@ -24,7 +23,7 @@ from jax.sharding import Mesh
 
 from jmeta.checkpoint import write_json
 from jmeta.core import LONGEST_UNROLL, MetaLearner, Tasks, default_chunk
-from jmeta.mesh import check_batch, check_mesh, count_devices, replicate, usable_cores
+from jmeta.mesh import check_batch, check_mesh, count_devices, processor, replicate, usable_cores
 from jmeta.tasks.download import cache_dir
 from jmeta.train import batch_gradient
 
@@ -107,6 +106,8 @@ def tune(
     4
     """
     check_mesh(mesh)
+    if batch < 1:
+        raise ValueError(f"tune: batch must be at least 1, got {batch}.")
     check_batch(batch, mesh)
     data, staged = _data(key, tasks, batch)
     own = jax.tree.map(lambda leaf: leaf[0], data) if staged else data
@@ -171,7 +172,7 @@ def _unrolls(unrolls: Sequence[bool] | None, steps: Callable[[], int]) -> tuple[
         if count > LONGEST_UNROLL:
             return (False, True) if count <= MANY_STEPS else (False,)
         return (True, False) if count > FEW_STEPS else (True,)
-    unrolls = tuple(dict.fromkeys(unrolls))
+    unrolls = tuple(dict.fromkeys(unrolls)) if isinstance(unrolls, Iterable) else (unrolls,)
     if not unrolls or not all(isinstance(each, bool) for each in unrolls):
         raise ValueError(f"tune: unrolls must be one or more of True and False, got {unrolls}.")
     return unrolls
@@ -182,8 +183,8 @@ def _chunks(chunks: Sequence[int] | None, params: Any, share: int) -> tuple[int,
     if chunks is None:
         quarter = (share // 4,) if share % 4 == 0 and jax.default_backend() != "cpu" else ()
         return tuple(dict.fromkeys((default_chunk(params, share), share, *quarter, 1)))
-    chunks = tuple(dict.fromkeys(chunks))
-    if not chunks or any(chunk < 1 or share % chunk for chunk in chunks):
+    chunks = tuple(dict.fromkeys(chunks)) if isinstance(chunks, Iterable) else (chunks,)
+    if not chunks or any(not isinstance(chunk, int) or chunk < 1 or share % chunk for chunk in chunks):
         raise ValueError(f"tune: chunks must be divisors of each device's share of batch, {share} tasks, got {chunks}.")
     return chunks
 
@@ -239,7 +240,7 @@ def _described(
 ) -> dict[str, Any]:
     """All that a choice depends on: devices, versions, shapes, and the program of one task's gradient."""
     device = _first_device(mesh)
-    kind = f"{_processor()}, {usable_cores()} cores" if device.platform == "cpu" else device.device_kind
+    kind = f"{processor()}, {usable_cores()} cores" if device.platform == "cpu" else device.device_kind
     program = jax.make_jaxpr(functools.partial(learner.grad, meta_step=0))(jax.random.key(0), *shapes)
     text = re.sub(r"0x[0-9a-f]+", "", str(program))  # addresses differ from process to process
     theta, task = ([f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(tree)] for tree in shapes)
@@ -254,14 +255,6 @@ def _described(
         "chunks": list(chunks),
         "unrolls": list(unrolls),
     }
-
-
-def _processor() -> str:
-    """The CPU's model, as far as the system tells."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
 
 
 def _rows(seconds: dict[tuple[int, bool], float]) -> list[dict[str, Any]]:

@@ -368,8 +368,8 @@ def bench(args: list[str]) -> int:
     """Runs one of the benchmarks that come with jmeta, in a process of its own.
 
     Args:
-      args: "speed" (also if none is named), "growth" or "overhead", and its options; results go to `NAME.json` here if `--out` is
-        not among them.
+      args: "speed" (also if none is named), "growth" or "overhead", and its options; results go to `jmeta-bench-NAME.json` here
+        if `--out` is not among them.
 
     Returns:
       The exit status.
@@ -377,7 +377,7 @@ def bench(args: list[str]) -> int:
     name, *rest = args if args and args[0] in BENCHMARKS else ["speed", *args]
     here = Path(__file__).parent
     folder = next(each for each in (here / "benchmarks", here.parent / "benchmarks") if (each / "speed.py").is_file())
-    out = [] if any(arg.startswith("--out") for arg in rest) else ["--out", f"{name}.json"]
+    out = [] if any(arg.startswith("--out") for arg in rest) else ["--out", f"jmeta-bench-{name}.json"]
     return subprocess.run([sys.executable, str(folder / f"{name}.py"), *rest, *out], check=False).returncode
 
 

@@ -8,6 +8,7 @@ References:
 """
 
 import os
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,14 @@ def usable_cores() -> int:
     limit = Path("/sys/fs/cgroup/cpu.max")
     quota, _, period = limit.read_text().partition(" ") if limit.is_file() else ("max", "", "")
     return cores if quota == "max" else max(1, min(cores, round(int(quota) / int(period))))
+
+
+def processor() -> str:
+    """The CPU's model, as far as the system tells."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
 
 
 def task_mesh(count: int | None = None) -> Mesh | None:

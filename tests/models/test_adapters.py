@@ -117,7 +117,7 @@ def _gradient(key, model):
 
 @pytest.mark.parametrize("norm", ["batch", "support"])
 def test_mixed_precision_learns_what_full_precision_does(key, norm):
-    full = jm.conv4(5, filters=8, norm=norm)
+    full = jm.conv4(5, filters=16, norm=norm)
     (exact, loss), (narrow, narrow_loss) = (_gradient(key, model) for model in (full, jm.mixed(full)))
     assert narrow_loss == pytest.approx(loss, rel=0.05)
     for leaf in jax.tree.leaves(narrow):

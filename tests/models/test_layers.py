@@ -182,3 +182,11 @@ def test_batch_norm_has_mean_0_and_variance_1(key):
 def test_bad_arguments_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_pictures_of_whole_numbers_are_those_of_floats(key):
+    model = jm.conv4(5, filters=16)
+    pixels = jax.random.randint(key, (4, 28, 28, 1), 0, 255, jnp.uint8)
+    np.testing.assert_allclose(
+        model.apply(model.init(key), pixels), model.apply(model.init(key), pixels.astype("float32")), rtol=1e-5
+    )
