@@ -52,9 +52,8 @@ def task_conv(
     size = rhs.shape[:2]
     pads = lax.padtype_to_pads(lhs.shape[1:3], size, window_strides, padding) if isinstance(padding, str) else padding
     (top, bottom), (left, right) = pads
-    varying = any(
-        getattr(jax.typeof(each), "vma", ()) for each in (lhs, rhs)
-    )  # which a primitive of ours would not tell a shard_map
+    # `convolve` could not tell a checked shard_map over which devices its result varies.
+    varying = any(getattr(jax.typeof(each), "vma", ()) for each in (lhs, rhs))
     if tuple(window_strides) == (1, 1) and size != (1, 1) and jax.default_backend() == "cpu" and not varying:
         return convolve(lhs, rhs, ((top, bottom), (left, right)))
     return times_kernel(patches_of(lhs, size, window_strides, pads), rhs, precision)
