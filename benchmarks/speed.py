@@ -44,7 +44,7 @@ from jmeta.train import batch_gradient
 
 TOLERANCE = 1e-6
 REST = 0.2  # seconds before each timed call, in which the threads of the one before it stop spinning
-SHORT = 0.05  # seconds; calls shorter than this are timed several at a time
+TURN = 1.0  # seconds of calls one after another that a turn lasts at least
 OUT = Path(__file__).parent / "results" / "speed.json"
 PEERS = {  # name: module, further arguments
     "torch loop": ("torch_maml", {}),
@@ -133,8 +133,8 @@ def serve(name: str, work: Work, seed: int) -> None:
     """The process of one contender: writes a line of what it needs, then for every line that it reads the seconds of a call.
 
     What it needs are the seconds of the first two calls and the memory that the second takes at most, of the process above what was
-    there before the first, or on a GPU all that was allocated at once so far. The seconds of short calls are means of several, as
-    in training, where they follow each other. What libraries print goes to stderr.
+    there before the first, or on a GPU all that was allocated at once so far. The seconds of a call are the mean of a second of them
+    in a row, as in training. What libraries print goes to stderr.
     """
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -147,7 +147,7 @@ def serve(name: str, work: Work, seed: int) -> None:
         clear.write_text("5")  # Linux then takes its note of the peak anew
     second = seconds_of(run)
     print(json.dumps({"first_call_seconds": first, "second_call_seconds": second, "peak_mib": _peak(name, before)}), file=answers)
-    calls = max(1, math.ceil(SHORT / second))
+    calls = max(1, math.ceil(TURN / second))
     for _ in sys.stdin:
         print(seconds_of(lambda: [run() for _ in range(calls)]) / calls, file=answers)
 
