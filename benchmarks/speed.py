@@ -133,8 +133,8 @@ def serve(name: str, work: Work, seed: int) -> None:
     """The process of one contender: writes a line of what it needs, then for every line that it reads the seconds of a call.
 
     What it needs are the seconds of the first two calls and the memory that the second takes at most, of the process above what was
-    there before the first, or on a GPU all that was allocated at once so far. The seconds of a call are the mean of a second of them
-    in a row, as in training. What libraries print goes to stderr.
+    there before the first, or on a GPU all that was allocated at once so far. The seconds of a call are the mean of a second of
+    them in a row, as in training. What libraries print goes to stderr.
     """
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
