@@ -74,7 +74,7 @@ def test_a_second_call_measures_nothing_and_another_case_does(key, measured):
 
 def test_another_machine_measures_anew(key, measured, monkeypatch):
     jm.tune(key, _make(), SINE, 4, chunks=(2,))
-    monkeypatch.setattr(tune, "_processor", lambda: "another processor")
+    monkeypatch.setattr(tune, "processor", lambda: "another processor")
     assert jm.tune(key, _make(), SINE, 4, chunks=(2,)).source == "measured"
     assert jm.tune(key, _make(), SINE, 4, chunks=(2,), mesh=jm.task_mesh(2)).source == "measured"
 
