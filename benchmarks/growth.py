@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import optax
-from machine import machine, results, seconds_of  # pyright: ignore[reportMissingImports]
+from machine import begin, seconds_of  # pyright: ignore[reportMissingImports]
 from work import Work, noise  # pyright: ignore[reportMissingImports]
 
 import jmeta as jm
@@ -65,29 +65,27 @@ def main() -> None:
     parser.add_argument("--platform", help="jax's platform, such as cpu or cuda; jax's choice if not given")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
-    if args.platform:
-        jax.config.update("jax_platforms", args.platform)
-    jm.use_cores()
-    where = machine()
     base = BASE._replace(tasks=args.tasks, filters=args.filters)
-    found = results(args.out)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    where, found = begin(args.platform, args.out)
     for curve in args.curves:
-        before = found.get(curve, {}) if found.get(curve, {}).get("base") == base._asdict() else {}
-        rows = {"machine": where, "base": base._asdict(), "variants": {}}
-        for name, (order, remat, curves) in VARIANTS.items():
-            if curve not in curves:
-                continue
-            rows["variants"][name] = dict(before.get("variants", {}).get(name, {}))
-            for size in CURVES[curve]:
-                if args.most is None or size <= args.most:
-                    each = point(base._replace(**{curve: size}, order=order), remat, args.repeats)
-                    rows["variants"][name][str(size)] = each
-                    times = f"{1e3 * each['seconds']:8.1f} ms, compiled in {each['compilation_seconds']:.1f} s"
-                    print(f"{curve} {size:4d}, {name:28s} {times}, {each['mib']:8.1f} MiB", flush=True)
-        found[curve] = rows
+        before = found.get(curve, {})
+        known = before["variants"] if before.get("base") == base._asdict() else {}
+        variants = {name: measure(curve, name, base, args, known.get(name, {})) for name in VARIANTS if curve in VARIANTS[name][2]}
+        found[curve] = {"machine": where, "base": base._asdict(), "variants": variants}
         write_json(args.out, found)
     draw(found, args.out.with_suffix(".png"))
+
+
+def measure(curve: str, name: str, base: Work, args: argparse.Namespace, known: dict[str, Any]) -> dict[str, Any]:
+    """The points of one variant of a curve, by size; those known that are not measured stay."""
+    order, remat, _ = VARIANTS[name]
+    points = dict(known)
+    for size in CURVES[curve]:
+        if args.most is None or size <= args.most:
+            each = points[str(size)] = point(base._replace(**{curve: size}, order=order), remat, args.repeats)
+            times = f"{1e3 * each['seconds']:8.1f} ms, compiled in {each['compilation_seconds']:.1f} s"
+            print(f"{curve} {size:4d}, {name:28s} {times}, {each['mib']:8.1f} MiB", flush=True)
+    return points
 
 
 def draw(found: dict[str, Any], path: Path) -> None:

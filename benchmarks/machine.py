@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jmeta.mesh import processor
+from jmeta.mesh import processor, use_cores
 
 SIDE = 2048  # of the matrices whose product measures the machine
 COPIED = 2**28  # bytes of the array whose copy does
@@ -63,6 +63,16 @@ def results(path: Path) -> dict[str, Any]:
     if not fits:
         sys.exit(f"--out is {path}, which exists and holds no results of a benchmark; give another name.")
     return found
+
+
+def begin(platform: str | None, out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What every benchmark begins with: the platform and the cores are set; returns the machine, and the results so far."""
+    if platform:
+        jax.config.update("jax_platforms", platform)
+    use_cores()
+    found = results(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return machine(), found
 
 
 def machine() -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from machine import machine, results, seconds_of  # pyright: ignore[reportMissingImports]
+from machine import begin, seconds_of  # pyright: ignore[reportMissingImports]
 from work import ROWS, Work, learner_of, tasks_of  # pyright: ignore[reportMissingImports]
 
 import jmeta as jm
@@ -110,12 +110,7 @@ def main() -> None:
     parser.add_argument("--platform", help="jax's platform, such as cpu or cuda; jax's choice if not given")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
-    if args.platform:
-        jax.config.update("jax_platforms", args.platform)
-    jm.use_cores()
-    where = machine()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    found = results(args.out)
+    where, found = begin(args.platform, args.out)
     for row in args.rows:
         found[row] = {"machine": where, **measure(ROWS[row], STEPS[row], args.repeats)}
         each = found[row]

@@ -43,7 +43,7 @@ from jmeta.mesh import count_devices, replicate, share, spread
 from jmeta.train import batch_gradient
 
 TOLERANCE = 1e-6
-REST = 0.2  # seconds before each timed call, in which the threads of the one before it stop spinning
+REST = 0.2  # seconds before each turn, in which the threads of the one before it stop spinning
 TURN = 1.0  # seconds of calls one after another that a turn lasts at least
 OUT = Path(__file__).parent / "results" / "speed.json"
 PEERS = {  # name: module, further arguments
