@@ -15,6 +15,9 @@ from jmeta.core import Theta as Theta
 from jmeta.core import chain as chain
 from jmeta.evaluate.fewshot import Score as Score
 from jmeta.evaluate.fewshot import fewshot as fewshot
+from jmeta.evaluate.search import Candidate as Candidate
+from jmeta.evaluate.search import Search as Search
+from jmeta.evaluate.search import search as search
 from jmeta.learners.maml import anil as anil
 from jmeta.learners.maml import boil as boil
 from jmeta.learners.maml import maml as maml
@@ -30,8 +33,15 @@ from jmeta.models.adapters import mixed as mixed
 from jmeta.models.backbones import conv4 as conv4
 from jmeta.models.backbones import mlp as mlp
 from jmeta.models.backbones import resnet12 as resnet12
+from jmeta.rules.patterns import Pattern as Pattern
+from jmeta.rules.patterns import load_pattern as load_pattern
+from jmeta.rules.patterns import pattern as pattern
+from jmeta.rules.patterns import patterns as patterns
+from jmeta.rules.patterns import save_pattern as save_pattern
+from jmeta.rules.scale import lambda_mask as lambda_mask
 from jmeta.rules.scale import learned_rates as learned_rates
 from jmeta.rules.scale import only as only
+from jmeta.rules.scale import sparse as sparse
 from jmeta.runs import load as load
 from jmeta.runs import save as save
 from jmeta.tasks.episodes import episodes as episodes

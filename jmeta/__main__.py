@@ -1,4 +1,4 @@
-"""The command line: `jmeta train [PRESET]`, `eval`, `adapt`, `presets`, `data`, `plot`, `bench`."""
+"""The command line: `jmeta train [PRESET]`, `eval`, `adapt`, `search`, `presets`, `data`, `plot`, `bench`."""
 
 import dataclasses
 import sys
@@ -16,6 +16,7 @@ USAGE = """usage: jmeta COMMAND ...
   train --resume RUN [--steps N]   go on with a run that was stopped, or for more steps
   eval RUN                         test a run again
   adapt RUN --support DIR --query DIR   learn the classes of your own pictures and classify others
+  search RUN [--tolerance 0.01]    find the fastest pattern of adaptation within a tolerance
   presets                          list the presets
   data NAME                        render glyphs or fetch omniglot, and show what is there
   plot RUN                         draw learning curve, inner steps and an episode
@@ -76,7 +77,7 @@ def _parse(prog: str, args: list[str], default: presets.Config) -> tuple[_Where,
 def main() -> None:
     """Runs one command; expected errors are printed in one line and exit with 1."""
     args = sys.argv[1:]
-    shown = {"eval": commands.evaluate, "adapt": commands.adapt, "plot": commands.plot}
+    shown = {"eval": commands.evaluate, "adapt": commands.adapt, "search": commands.search, "plot": commands.plot}
     silent = {"presets": commands.show_presets, "data": commands.data}
     if not args or args[0] in ("-h", "--help"):
         print(USAGE)

@@ -1,6 +1,8 @@
-"""What the command line does: train, eval, adapt, presets, data, plot, bench. Each is a function that a notebook can call too."""
+"""What the command line does, each command a function that a notebook can call too."""
 
 import dataclasses
+import functools
+import hashlib
 import json
 import subprocess
 import sys
@@ -18,14 +20,16 @@ from jmeta import checkpoint, presets, runs
 from jmeta.autotune import tune
 from jmeta.core import LONGEST_UNROLL, Batch, MetaLearner, Theta, default_chunk
 from jmeta.evaluate.fewshot import Score, fewshot
+from jmeta.evaluate.search import search as find
 from jmeta.mesh import check_batch, count_devices, share, task_mesh
 from jmeta.presets import Config, Problem
+from jmeta.rules import patterns
 from jmeta.tasks.images import Images, from_folder, invert, is_picture, read_picture
 from jmeta.train import Fit, Validation, fit
 
 BENCHMARKS = ("speed", "growth", "overhead")
 PAPER = 127  # a border brighter than this is paper: the ink is dark
-TEST_KEY, EPISODE_KEY, ADAPT_KEY = 1, 2, 3  # folded into the seed's key, after the training's own
+TEST_KEY, EPISODE_KEY, ADAPT_KEY, SEARCH_KEY = 1, 2, 3, 4  # folded into the seed's key, after the training's own
 # Passes through a task, forward and backward, times parameters, from which a run is tuned: conv4 makes as many in about five
 # minutes on two cores, of which the autotune takes one or two. A shorter run would lose by being tuned.
 TUNED_FROM = 128_000 * 112_000
@@ -195,10 +199,11 @@ def evaluate(
     split: Literal["test", "valid", "train"] = "test",
     shots: int | None = None,
     steps: int | None = None,
+    pattern: str | None = None,
     seed: int = 0,
     devices: int | None = None,
 ) -> Path:
-    """Tests a run again: other episodes, shots or inner steps than at its end.
+    """Tests a run again: other episodes, shots, inner steps or pattern than at its end.
 
     Args:
       run: folder of a run.
@@ -206,6 +211,8 @@ def evaluate(
       split: of which classes.
       shots: support images a class, as in training if not given.
       steps: inner steps, as in the run's tests if not given.
+      pattern: layers that adapt at each inner step: a file of `jmeta search`, or text such as "suffix(2)*2, head"; the run's own if
+        not given.
       seed: of the episodes.
       devices: GPUs, or cores, that the episodes are spread over; all if not given.
 
@@ -214,7 +221,7 @@ def evaluate(
     """
     config, _, theta = _read(run)
     changed = {"shots": config.shots if shots is None else shots, "test_steps": config.test_steps if steps is None else steps}
-    config = dataclasses.replace(config, **changed)
+    config = _with_pattern(dataclasses.replace(config, **changed), pattern)
     problem = presets.make_problem(config)
     tasks = getattr(problem, split)
     if tasks is None:
@@ -224,6 +231,95 @@ def evaluate(
     checkpoint.write_json(path, {**_described(config, problem, score), "split": split, "seeds": [config.seed], "test_seed": seed})
     print(f"{problem.metric_name} on {split} tasks: {score} [norm: {_norm(config)}]")
     return path
+
+
+def _with_pattern(config: Config, given: str | None) -> Config:
+    """The config with another pattern, from a file or from text; with its own if None.
+
+    Raises:
+      ValueError: it is neither, or of another network.
+    """
+    if given is None:
+        return config
+    config, layers = presets.maskable(config), presets.make_model(config).layers
+    if not given.endswith(".json") and not Path(given).is_file():
+        return dataclasses.replace(config, pattern=str(patterns.pattern(layers, given)))
+    found = patterns.load_pattern(given)
+    if found.layers != layers:
+        raise ValueError(f"pattern: {given} is for the layers {', '.join(found.layers)}; the run has {', '.join(layers)}.")
+    return dataclasses.replace(config, pattern=str(found))
+
+
+def search(
+    run: Annotated[str, tyro.conf.Positional],
+    *,
+    tolerance: float = 0.01,
+    episodes: int = 300,
+    steps: int | None = None,
+    by: Literal["latency", "throughput", "operations"] = "latency",
+    rounds: int = 1,
+    timed: int = 24,
+    seed: int = 0,
+    devices: int | None = None,
+) -> Path:
+    """Finds which layers need to adapt at which step: the fastest pattern that loses little on validation classes.
+
+    Others are compared with the pattern that the run was trained with.
+
+    Leaves a JSON file for `jmeta eval --pattern` and a picture in the run's folder. Called again with the same options, it goes on
+    where it was cut off.
+
+    Args:
+      run: folder of a run.
+      tolerance: accuracy that may be lost; 0.01 is a point.
+      episodes: how many each pattern is scored on, the same for all.
+      steps: inner steps, as in the run's tests if not given.
+      by: what makes a pattern the faster: the time of one task alone, of many together, or counted operations.
+      rounds: times that patterns next to the best are tried too.
+      timed: patterns that are timed at most.
+      seed: of the episodes.
+      devices: GPUs, or cores, that the episodes are spread over; all if not given.
+
+    Returns:
+      The JSON file.
+    """
+    config, _, theta = _read(run)
+    steps, mesh = config.test_steps if steps is None else steps, task_mesh(devices)
+    problem = presets.make_problem(config)
+    if problem.valid is None:
+        raise ValueError(
+            f"search: the data of {run} has no validation classes (or the run used none), and test classes must not choose."
+        )
+    model = presets.make_model(config)
+    own = {"anil": "head", "boil": "body"}.get(config.method, config.pattern)
+    found = find(
+        jax.random.fold_in(jax.random.key(seed), SEARCH_KEY),
+        functools.partial(presets.make_masked, presets.maskable(config), steps),
+        theta,
+        patterns.patterns(model, steps),
+        problem.valid,
+        tolerance=tolerance,
+        episodes=episodes,
+        by=by,
+        rounds=rounds,
+        timed=timed,
+        reference=patterns.pattern(model, own),
+        path=Path(run) / f"search-{steps}steps-{episodes}episodes-seed{seed}-{_digest(theta)}.scores.json",
+        mesh=mesh,
+    )
+    path = _fresh(Path(run), "search", "json")
+    checkpoint.write_json(path, {**found.as_dict(), "norm": _norm(config), "versions": checkpoint.versions(), "seeds": [seed]})
+    found.plot(path.with_suffix(".png"))
+    print(f"{found}\n[validation classes, norm: {_norm(config)}]")
+    return path
+
+
+def _digest(theta: Theta) -> str:
+    """Eight letters that tell thetas apart: a run may have been gone on with."""
+    found = hashlib.sha256()
+    for leaf in jax.tree.leaves(theta):
+        found.update(np.asarray(leaf).tobytes())
+    return found.hexdigest()[:8]
 
 
 def _fresh(folder: Path, name: str, suffix: str) -> Path:
@@ -240,6 +336,7 @@ def adapt(
     query: str,
     out: str | None = None,
     ink: Literal["auto", "dark", "light"] = "auto",
+    pattern: str | None = None,
 ) -> Path:
     """Adapts a run to your own pictures: learns the classes of one folder, and says which of them other pictures show.
 
@@ -249,6 +346,7 @@ def adapt(
       query: pictures to classify, in one folder or in a folder a class (the share of right ones is then printed).
       out: JSON file to write; a new one in the run's folder if not given.
       ink: whether drawings are dark on light paper, light on dark, or to be told by the brightness of the support's borders.
+      pattern: layers that adapt at each inner step: a file of `jmeta search`, or text such as "suffix(2)*2, head".
 
     Returns:
       The file, with a list of `{"picture", "predicted", "probabilities"}` (and `"truth"` where known).
@@ -258,6 +356,9 @@ def adapt(
       FileExistsError: `out` exists.
     """
     config, learner, theta = _read(run)
+    if pattern is not None:
+        config = _with_pattern(config, pattern)
+        learner = presets.make_learner(config, config.test_steps)
     if out is not None and Path(out).exists():
         raise FileExistsError(f"adapt: out is {out}, which exists already; give another name.")
     if config.dataset == "sinusoid":

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jmeta import invariant
 from jmeta.losses import measure
 
 Array = jax.Array
@@ -143,7 +144,8 @@ class Rule(NamedTuple):
       reset: `(key, params, support, *, hyper) -> params`, once, as the task begins.
       gate: `(params, *, step, hyper, key) -> params`, before every forward pass, differentiable. `key` is None where the
         network predicts: random gates then act deterministically, as dropout does.
-      update: an optax transformation for every backward pass; it may take `step`, `phase`, `hyper` and `key` by keyword.
+      update: an optax transformation for every backward pass; it may take `step`, `phase`, `hyper`, `key` and the model's
+        `layers` by keyword. Gradients that it does not read are not computed, and parameters that it does not move not touched.
       phase: `(step: int) -> Hashable`, what is static about a step: steps of equal phase can share one scanned program.
       meta: `(gradient, theta, phi) -> gradient`, on a task's meta-gradient before it is averaged over tasks.
       parts: the rules that a chain was made of; None in a rule that is no chain.
@@ -366,11 +368,13 @@ def inner_loop(
             memory["stats"] = model.stats(gated, support.x)
         return theta._replace(params=params, memory=memory or ())
 
-    step_of = _inner_step(forward, loss, rule, data, order)
+    step_of = _inner_step(forward, loss, rule, data, order, model.layers)
 
     def follow(key, theta, support, watch=None):
-        state = jax.lax.stop_gradient(theta.memory["state"]) if carry_state else rule.update.init(theta.params)
-        advance = functools.partial(step_of, jax.random.split(key), theta.hyper, support)
+        state = rule.update.init(theta.params)
+        if carry_state:
+            state = jax.lax.stop_gradient(_carried(theta.memory["state"], state))
+        advance = functools.partial(step_of, tuple(jax.random.split(key)), theta.hyper, support)
 
         def look(carry, step):
             params, state = carry
@@ -383,25 +387,54 @@ def inner_loop(
     return InnerLoop(begin, follow, output)
 
 
-def _inner_step(forward: Callable, loss: Callable, rule: Rule, data: Data, order: int) -> Callable:
+def _inner_step(forward: Callable, loss: Callable, rule: Rule, data: Data, order: int, layers: tuple[str, ...]) -> Callable:
     """One inner step, `(keys, hyper, support, carry, step, phase) -> carry` with carry `(params, optimiser state)`."""
 
     def step_of(keys, hyper, support, carry, step, phase):
         params, state = carry
         key_data, key_rule = (jax.random.fold_in(key, step) for key in keys)
         key_gate, key_update = jax.random.split(key_rule)
+
+        def update(grads):
+            context = {"step": step, "phase": phase, "hyper": hyper, "key": key_update, "layers": layers}
+            return rule.update.update(grads, state, params, **context)
+
+        read, moved = invariant.flows(update, params)
         batch = data.at(key_data, support, step, lambda x: forward(params, hyper, x, step, key_gate))
 
-        def step_loss(params):
-            return evaluate_loss(loss, forward(params, hyper, batch.x, step, key_gate), batch)
+        def step_loss(learned):
+            return evaluate_loss(loss, forward(_filled(params, read, learned), hyper, batch.x, step, key_gate), batch)
 
-        grads = jax.grad(step_loss)(params)
+        grads = jax.grad(step_loss)(_chosen(params, read)) if any(read) else []
         if order == 1:
             grads = jax.lax.stop_gradient(grads)
-        updates, state = rule.update.update(grads, state, params, step=step, phase=phase, hyper=hyper, key=key_update)
-        return optax.apply_updates(params, updates), state
+        updates, state = update(_filled(jax.tree.map(jnp.zeros_like, params), read, grads))
+        return _filled(params, moved, optax.apply_updates(_chosen(params, moved), _chosen(updates, moved))), state
 
     return step_of
+
+
+def _carried(state: Any, fresh: Any) -> Any:
+    """The inner optimiser's state that theta carries, if it is of this optimiser."""
+    shapes, wanted = (jax.tree.map(jnp.shape, each) for each in (state, fresh))
+    if shapes != wanted:
+        raise ValueError(
+            "carry_state: theta carries a state of another inner optimiser. Usual cause: a theta that was trained under another "
+            "rule or pattern; start from learner.init(key)._replace(params=theta.params)."
+        )
+    return state
+
+
+def _chosen(tree: Any, which: list[bool]) -> list:
+    """The leaves that are chosen."""
+    return [leaf for leaf, chosen in zip(jax.tree.leaves(tree), which, strict=True) if chosen]
+
+
+def _filled(tree: Any, which: list[bool], values: Any) -> Any:
+    """The tree with other values for its chosen leaves."""
+    leaves, structure = jax.tree.flatten(tree)
+    left = iter(values)
+    return structure.unflatten([next(left) if chosen else leaf for leaf, chosen in zip(leaves, which, strict=True)])
 
 
 def _walk(
@@ -422,8 +455,8 @@ def _walk(
                 carry, view = (jax.checkpoint(once) if remat else once)(carry)
                 seen.append(jax.tree.map(lambda leaf: leaf[None], view))
         else:
-            once = body if remat is False else jax.checkpoint(body, prevent_cse=False)  # a scan has no CSE to prevent
-            carry, views = jax.lax.scan(once, carry, jnp.array(numbers))
+            anew = functools.partial(jax.checkpoint, prevent_cse=False)  # a scan has no CSE to prevent
+            carry, views = invariant.scan(body, carry, jnp.array(numbers), *([] if remat is False else [anew]))
             seen.append(views)
     return carry, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *seen)
 

@@ -48,8 +48,11 @@ def keep_rows_until(path: Path, step: int) -> None:
 
 
 @contextlib.contextmanager
-def _bar(steps: int, start: int) -> Iterator[tuple[Callable, Callable]]:
-    """A rich progress bar on an interactive terminal, otherwise a plain line every tenth of the run."""
+def bar(steps: int, start: int, progress: bool = True) -> Iterator[tuple[Callable, Callable]]:
+    """`(advance, note)`: moves a rich progress bar on an interactive terminal, and writes a line; neither without `progress`."""
+    if not progress:
+        yield (lambda step, row: None), (lambda text: None)
+        return
     if not sys.stderr.isatty():
         yield (lambda step, row: None), (lambda text: print(text, file=sys.stderr, flush=True))
         return
@@ -57,9 +60,9 @@ def _bar(steps: int, start: int) -> Iterator[tuple[Callable, Callable]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=steps, completed=start)
-        yield lambda step, row: progress.update(task, completed=step, description=_describe(row)), progress.console.print
+    with Progress(*columns, console=Console(stderr=True)) as shown:
+        task = shown.add_task("", total=steps, completed=start)
+        yield lambda step, row: shown.update(task, completed=step, description=_describe(row)), shown.console.print
 
 
 @contextlib.contextmanager
@@ -73,7 +76,7 @@ def reporter(workdir: Path | None, steps: int, start: int, progress: bool) -> It
       progress: whether to show anything; a notebook's loops may not want to.
     """
     with contextlib.ExitStack() as stack:
-        advance, note = stack.enter_context(_bar(steps, start)) if progress else ((lambda *_: None), (lambda *_: None))
+        advance, note = stack.enter_context(bar(steps, start, progress))
         outputs = []
         if workdir is not None:
             outputs = [_json_lines(stack, workdir, start), _tensorboard(stack, workdir)]

@@ -133,6 +133,11 @@ def replicate(tree: Any, mesh: Mesh | None) -> Any:
     return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
+def split(tree: Any, mesh: Mesh | None) -> Any:
+    """Shares every array's leading axis of tasks out among the devices of the mesh."""
+    return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, PartitionSpec(AXIS)))
+
+
 def on_one(tree: Any, mesh: Mesh | None) -> Any:
     """The copy on the mesh's first device, so that what follows is computed once and not on every device."""
     return tree if mesh is None else jax.device_put(tree, mesh.devices.flat[0])

@@ -83,3 +83,27 @@ def _framed(image: np.ndarray, colour: tuple[float, float, float]) -> np.ndarray
     framed[:] = colour
     framed[2:-2, 2:-2] = image
     return framed
+
+
+def pareto(points: list, front: list, marks: dict[str, tuple[float, float]], by: str, path: Path) -> None:
+    """Draws the score of many candidates against their cost, and the front of those that none surpasses in both.
+
+    Args:
+      points: `(cost, score, half width of the 95 % interval)` of each; those of infinite cost are left out.
+      front: the same of the front's, in order of cost.
+      marks: names for some points, `(cost, score)`.
+      by: what the cost is, "latency", "throughput" or "operations".
+      path: the PNG to write.
+    """
+    figure, axes = _figure(6, 4)
+    cost, score, half = np.array([each for each in points if np.isfinite(each[0])]).T
+    axes.errorbar(cost, score, half, fmt=".", color="0.6", elinewidth=0.5)
+    cost, score, _ = np.array(front).T
+    axes.step(cost, score, where="post", color="C0", marker="o", label="front")
+    for number, (name, place) in enumerate(marks.items(), 1):
+        axes.plot(*place, "*", color=f"C{number}", markersize=12, label=name)
+    labels = {"latency": "seconds to adapt to one task", "throughput": "seconds a task, many together"}
+    axes.set(xscale="log", xlabel=labels.get(by, "operations"), ylabel="accuracy, 95 % interval")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)

@@ -19,10 +19,12 @@ import optax
 
 from jmeta import losses
 from jmeta.core import MetaLearner, Model, Tasks, memoise
-from jmeta.learners.maml import anil, boil, maml, meta_sgd
+from jmeta.learners.maml import anil, boil, maml
 from jmeta.models.adapters import mixed
 from jmeta.models.backbones import conv4, mlp
 from jmeta.models.layers import Norm
+from jmeta.rules.patterns import Pattern, pattern
+from jmeta.rules.scale import lambda_mask, learned_rates
 from jmeta.tasks.episodes import episodes
 from jmeta.tasks.feeds import repeat
 from jmeta.tasks.glyphs import glyphs
@@ -59,6 +61,8 @@ class Config:
     """Channels of each convolution."""
     norm: Norm = "batch"
     """Normalisation; with batch, queries are predicted together (transductive)."""
+    pattern: str = "full"
+    """Layers that adapt at each inner step, such as "suffix(2)*2, head" (the last two layers twice, then the last one)."""
     inner_rate: float = 0.4
     """Rate of the inner steps (their start, for meta-sgd), for a mean loss."""
     inner_steps: int = 1
@@ -155,14 +159,33 @@ def make_outer(config: Config) -> optax.GradientTransformation:
 @memoise
 def make_learner(config: Config, steps: int | None = None) -> MetaLearner:
     """The learner of a configuration, with other inner steps if given."""
+    masked = None if config.pattern == "full" else pattern(make_model(config), config.pattern)
+    return make_masked(config, steps, masked)
+
+
+def maskable(config: Config) -> Config:
+    """The same with a method that any pattern can be given to: ANIL and BOIL are MAML with a pattern of their own."""
+    return dataclasses.replace(config, method="maml") if config.method in ("anil", "boil") else config
+
+
+def make_masked(config: Config, steps: int | None, masked: Pattern | None) -> MetaLearner:
+    """The learner of a configuration, with a pattern instead of its own; None adapts all layers.
+
+    Raises:
+      ValueError: the method is a pattern itself.
+    """
     model, data = make_model(config), repeat(config.inner_steps if steps is None else steps)
+    if masked is not None and data.steps and isinstance(masked.rows, tuple) and not any(map(any, masked.rows[: data.steps])):
+        raise ValueError(f"pattern: {masked} updates nothing within {data.steps} inner steps, so no task would be learned.")
+    if masked is not None and config.method in ("anil", "boil"):
+        raise ValueError(f"pattern: method {config.method} is a pattern itself; use method maml with pattern head or body.")
     unroll = config.unroll if steps is None else None
     loss = losses.mse if config.dataset == "sinusoid" else losses.xent
-    if config.method == "meta-sgd":
-        return meta_sgd(model, loss, data, rate=config.inner_rate, unroll=unroll)
-    make = {"maml": maml, "fomaml": maml, "anil": anil, "boil": boil}[config.method]
+    rule: Any = learned_rates(config.inner_rate) if config.method == "meta-sgd" else optax.sgd(config.inner_rate)
+    rule = rule if masked is None else lambda_mask(masked, rule)
+    make = {"anil": anil, "boil": boil}.get(config.method, maml)
     order = 1 if config.method == "fomaml" else 2
-    return make(model, loss, optax.sgd(config.inner_rate), data, order=order, unroll=unroll)
+    return make(model, loss, rule, data, order=order, unroll=unroll)
 
 
 def make_splits(config: Config) -> Splits | None:

@@ -35,6 +35,21 @@ def test_methods_differ_where_they_should(key):
         presets.from_dict({"rate": 1}, "here")
 
 
+def test_a_pattern_in_the_configuration_masks_the_inner_loop(key):
+    images = jax.random.normal(key, (5, 28, 28, 1))
+    support = jm.Batch(images, jax.numpy.arange(5))
+    for method, moved in (("maml", {"head"}), ("meta-sgd", {"head"})):
+        learner = presets.make_learner(Config(method=method, filters=4, pattern="head"))
+        theta = learner.init(key)
+        phi = learner.adapt(key, theta, support)
+        same = jax.tree.map(lambda a, b: bool((a == b).all()), phi.params, theta.params)
+        assert {name for name, layer in same.items() if not all(jax.tree.leaves(layer))} == moved
+    with pytest.raises(ValueError, match="method anil is a pattern itself"):
+        presets.make_learner(Config(method="anil", filters=4, pattern="head"))
+    with pytest.raises(ValueError, match="'tail' is neither a layer"):
+        presets.make_learner(Config(filters=4, pattern="tail"))
+
+
 def test_precision_and_unroll_reach_the_learner(key):
     config = Config(filters=4, inner_steps=4)
     images = jax.numpy.zeros((5, 28, 28, 1))

@@ -113,14 +113,11 @@ def fewshot(
     if episodes < 2:
         raise ValueError(f"fewshot: episodes must be at least 2 for an interval, got {episodes}.")
     check_mesh(mesh)
-    devices = count_devices(mesh)
-    size = -(-min(episodes, DISPATCH) // devices) * devices
-    together = chunk or default_chunk(theta.params, size // devices)
-    numbers = jnp.arange(-(-episodes // size) * size).reshape(-1, size)  # the last dispatch may run over: one program serves all
-    keys = jax.vmap(jax.vmap(functools.partial(jax.random.fold_in, key)))(numbers)
+    keys = episode_keys(key, episodes, count_devices(mesh))
+    together = chunk or default_chunk(theta.params, keys.shape[1] // count_devices(mesh))
     program = learner, tasks.sample, metric or accuracy, together, mesh, every_step
     run = functools.partial(_curves, *program, *replicate((theta, tasks.data), mesh))
-    curves = [np.asarray(run(part, staged)) for part, staged in _ahead(tasks, keys)]
+    curves = [np.asarray(run(part, staged)) for part, staged in ahead(tasks, keys)]
     values = np.concatenate(curves)[:episodes].astype(np.float64)
     by_step = np.stack([values.mean(0), 1.96 * values.std(0, ddof=1) / np.sqrt(episodes)], -1)
     first = jax.tree.map(lambda leaf: leaf[0], _stage(tasks, keys[0, :1])) if tasks.stage else tasks.data
@@ -133,7 +130,14 @@ def _stage(tasks: Tasks, keys: jax.Array) -> Any:
     return None if tasks.stage is None else tasks.stage(jax.vmap(lambda key: jax.random.split(key)[0])(keys))
 
 
-def _ahead(tasks: Tasks, keys: jax.Array) -> Iterator[tuple[jax.Array, Any]]:
+def episode_keys(key: jax.Array, episodes: int, devices: int) -> jax.Array:
+    """A row of keys a dispatch, `[dispatches, size]`, of equal shares for the devices; the last may have some over."""
+    size = -(-min(episodes, DISPATCH) // devices) * devices
+    numbers = jnp.arange(-(-episodes // size) * size).reshape(-1, size)
+    return jax.vmap(jax.vmap(functools.partial(jax.random.fold_in, key)))(numbers)
+
+
+def ahead(tasks: Tasks, keys: jax.Array) -> Iterator[tuple[jax.Array, Any]]:
     """Each row of keys with its images, which a thread fetches while those of the row before are evaluated."""
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(_stage, tasks, keys[0])

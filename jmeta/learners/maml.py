@@ -15,6 +15,7 @@ Differs from the papers in: the loss is what the caller gives (the MAML code's i
 parameters are adapted with the rest unless the rule leaves them out; Meta-SGD's rates start equal, not random.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -85,7 +86,7 @@ def maml(
         raise ValueError(f"maml: order must be 1 (first-order MAML) or 2, got {order!r}.")
     rule = chain(rule)
     if order == 2:
-        _check_differentiable(rule, model)
+        _check_differentiable(rule, model, data.steps)
     if step_weights is not None and not callable(step_weights) and len(step_weights) != data.steps:
         raise ValueError(f"maml: step_weights has {len(step_weights)} weights for {data.steps} inner steps; give one a step.")
     loop = inner_loop(model, loss, rule, data, order=order, unroll=unroll, remat=remat, carry_state=carry_state)
@@ -135,22 +136,23 @@ def _over_steps(walk: Callable, output: Callable, loss: Callable, probe: Callabl
     return objective
 
 
-def _check_differentiable(rule: Rule, model: Model) -> None:
+def _check_differentiable(rule: Rule, model: Model, steps: int) -> None:
     """Refuses an inner optimiser whose update has no finite derivative at a zero gradient, as Adam's square root there."""
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     states = jax.eval_shape(rule.update.init, shapes)
     if not any(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in jax.tree.leaves(states)):
         return
+    phases = {rule.phase(step): step for step in reversed(range(steps))}
 
     def slope(zeros):
-        context = {"step": 0, "phase": rule.phase(0), "hyper": rule.init(zeros), "key": jax.random.key(0)}
-
-        def update(grads):
-            return rule.update.update(grads, rule.update.init(zeros), zeros, **context)[0]
-
         ones = jax.tree.map(jnp.ones_like, zeros)
-        _, tangents = jax.jvp(update, (zeros,), (ones,))
-        return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tangents)]).all()
+        finite = []
+        for phase, step in phases.items():
+            context = {"step": step, "phase": phase, "hyper": rule.init(zeros), "key": jax.random.key(0), "layers": model.layers}
+            update = functools.partial(rule.update.update, state=rule.update.init(zeros), params=zeros, **context)
+            _, tangents = jax.jvp(lambda grads, update=update: update(grads)[0], (zeros,), (ones,))
+            finite += [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tangents)]
+        return jnp.array(finite).all()
 
     with jax.ensure_compile_time_eval():
         finite = jax.jit(slope)(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes))

@@ -1,24 +1,36 @@
-"""Rules that say how much of the inner gradient each parameter takes: none (`only`), or a learned share (`learned_rates`).
+"""Rules that say how much of the inner update each parameter takes, and at which step.
 
-    params <- params - rate * gradient,  rate a meta-parameter for each parameter, tensor or layer, and for each step if wanted
+    only            all or nothing, by layer
+    lambda_mask     params_l <- params_l - rate * pattern[step][l] * gradient_l, by layer and step
+    learned_rates   params <- params - rate * gradient, rate a meta-parameter
+    sparse          params <- params - rate * 1[alpha >= 0] * gradient, alpha a meta-parameter of each parameter
 
 References:
+  Khabarlak, Faster Optimization-Based Meta-Learning Adaptation Phase, 2022 (https://arxiv.org/abs/2206.05930): lambda patterns.
   Li, Zhou, Chen, Li, Meta-SGD, 2017 (https://arxiv.org/abs/1707.09835), equation 2: a rate for each parameter.
   Antoniou, Edwards, Storkey, How to train your MAML, ICLR 2019 (https://arxiv.org/abs/1810.09502): rates per layer and step.
+  von Oswald et al., Learning where to learn: Gradient sparsity in meta and continual learning, NeurIPS 2021
+  (https://arxiv.org/abs/2110.14402): sparse-MAML, `sparse`.
+
+Differs from the papers in: `sparse` starts with every parameter adapted, where the paper draws alpha at random.
 """
 
-from typing import Any, Literal
+import math
+from collections.abc import Collection, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from jmeta.core import Rule, chain, memoise
+from jmeta.rules.patterns import Pattern, checked, static_rows
 
 
 @memoise
 def only(layers: str | tuple[str, ...], rule: Rule | optax.GradientTransformation) -> Rule:
-    """Adapts the named layers with `rule` and leaves the others as they are, at no cost in an unrolled loop.
+    """Adapts the named layers with `rule` and leaves the others as they are, at no cost.
 
     Args:
       layers: a name, or several, at the top level of the parameters.
@@ -102,3 +114,196 @@ def learned_rates(
         return jax.tree.map(scale, hyper, updates), state
 
     return Rule("learned_rates", init, update=optax.GradientTransformationExtraArgs(optax.init_empty_state, update))
+
+
+def lambda_mask(
+    pattern: Pattern | Sequence[Any] | jax.Array,
+    optimizer: Rule | optax.GradientTransformation,
+    *,
+    labels: tuple[str, ...] | None = None,
+) -> Rule:
+    """Adapts, at each step, the layers that a pattern names, and leaves the others and the optimiser's memory of them as they are.
+
+    What stands still costs nothing: neither its gradient nor, below the lowest layer that moves, any backward pass is in the
+    program, and its forward pass is computed once for all steps. Layers that move at the same steps share one state of the
+    optimiser; where it counts its steps, as Adam does, it counts those.
+
+    Args:
+      pattern: a `Pattern`, or numbers `[steps, layers]`: 0 leaves a layer, 1 adapts it, another number scales its update. Steps
+        beyond the last row repeat it. Numbers that are traced (an argument under `jit` or `vmap`) give the same results but save
+        no work.
+      optimizer: how the layers are adapted. The resets and gates of a rule are not masked.
+      labels: the top-level names of the parameters that the columns stand for. If None those of the pattern, or the model's.
+
+    Returns:
+      A rule. Its meta-parameters are those of `optimizer`, under the same names.
+
+    Raises:
+      ValueError: the pattern is not `[steps, layers]` or updates nothing, or `optimizer` has no update; and, when the rule first
+        meets the parameters, where the columns are not their layers.
+
+    >>> rule = lambda_mask([[0, 1]], optax.sgd(0.1), labels=("body", "head"))
+    >>> params = {"body": jnp.ones(2), "head": jnp.ones(1)}
+    >>> updates, _ = rule.update.update(params, rule.update.init(params), params, phase=rule.phase(0))
+    >>> print(f"body {updates['body'][0]:.1f}, head {updates['head'][0]:.1f}")
+    body 0.0, head -0.1
+    """
+    rows = pattern.rows if isinstance(pattern, Pattern) else pattern
+    names = labels or (pattern.layers if isinstance(pattern, Pattern) else None)
+    if isinstance(rows, Tracer):
+        rows = jnp.asarray(rows)
+        if rows.ndim != 2 or (names and rows.shape[1] != len(names)):
+            raise ValueError(f"lambda_mask: the pattern must have shape [steps, layers], got shape {list(rows.shape)}.")
+    else:
+        rows = static_rows("lambda_mask", rows, names)
+        checked("lambda_mask", Pattern(rows, tuple(names or ())))
+    return _masked_chain(rows, optimizer, None if names is None else tuple(names))
+
+
+@memoise
+def _masked_chain(rows: Any, optimizer: Rule | optax.GradientTransformation, names: tuple[str, ...] | None) -> Rule:
+    """Each part of the optimiser masked by itself, so that names, and with them meta-parameters, stay what they are."""
+    parts = chain(optimizer).parts or ()
+    moving = [number for number, part in enumerate(parts) if part.update != Rule("").update]
+    if not moving:
+        raise ValueError(
+            "lambda_mask: optimizer has no update. Usual cause: a rule that only resets or gates; chain it with optax.sgd."
+        )
+    mask: Any = _traced if isinstance(rows, jax.Array) else _static
+    return chain(
+        *(mask(part, rows, names, number == moving[-1]) if number in moving else part for number, part in enumerate(parts))
+    )
+
+
+def _static(part: Rule, rows: tuple[tuple[float, ...], ...], names: tuple[str, ...] | None, last: bool) -> Rule:
+    """One part of an optimiser, masked by numbers that are known. The last part's updates are scaled as well."""
+    columns = list(zip(*rows, strict=True))
+    groups = list(dict.fromkeys(tuple(map(bool, column)) for column in columns))
+    group_of = [groups.index(tuple(map(bool, column))) for column in columns]
+
+    def init(params):
+        return tuple(part.update.init(params) if any(group) else () for group in groups)
+
+    def phase(step):
+        return rows[min(step, len(rows) - 1)], part.phase(step)
+
+    def update(updates, state, params=None, **context):
+        row, own = context.pop("phase", None) or phase(context["step"])
+        layers = _columns(names or context.get("layers"), len(row), updates, context.get("layers"))
+        given = dict(updates) | {name: _zeros(updates[name]) for name, value in zip(layers, row, strict=True) if not value}
+        new, state = _zeros(updates), list(state)
+        for group in {group for value, group in zip(row, group_of, strict=True) if value}:
+            mine = {name: value for name, value, each in zip(layers, row, group_of, strict=True) if each == group}
+            moved: Any
+            moved, changed = part.update.update(given, state[group], params, phase=own, **context)
+            state[group] = _where(_slots(part, state[group], updates, mine), changed, state[group])
+            new |= {name: _times(value if last else 1, moved[name]) for name, value in mine.items()}
+        return new, tuple(state)
+
+    return part._replace(update=optax.GradientTransformationExtraArgs(init, update), phase=phase)
+
+
+def _slots(part: Rule, state: Any, params: Any, mine: Collection[str]) -> Any:
+    """Which leaves of an optimiser's state are of these layers, or of none: a tree of bools. All, where it does not tell."""
+    which = {name: jax.tree.map(lambda _, own=name in mine: own, layer) for name, layer in params.items()}
+    try:
+        return optax.tree.map_params(part.update, lambda _, own: own, state, which, transform_non_params=lambda _: True)
+    except (KeyError, TypeError, ValueError, AttributeError):  # an init that looks into the parameters
+        return jax.tree.map(lambda _: True, state)
+
+
+class _TracedUpdate(NamedTuple):
+    """The update of one part of an optimiser, masked by numbers that are traced: every layer is a group, and all work is done.
+
+    It has no hash, since its numbers have none, and so nothing that is made of it is remembered beyond their trace.
+    """
+
+    part: Rule
+    rows: jax.Array
+    names: tuple[str, ...] | None
+    last: bool
+
+    def __call__(self, updates, state, params=None, *, step=0, **context):
+        row = self.rows[jnp.minimum(step, self.rows.shape[0] - 1)]
+        layers = _columns(self.names or context.get("layers"), len(row), updates, context.get("layers"))
+        given = {name: _where(value != 0, updates[name], _zeros(updates[name])) for name, value in zip(layers, row, strict=True)}
+        new, states = {}, []
+        for name, value, own in zip(layers, row, state, strict=True):
+            moved: Any
+            moved, changed = self.part.update.update(given, own, params, step=step, **context)
+            scaled = _times(value, moved[name]) if self.last else moved[name]
+            new[name] = _where(value != 0, scaled, _zeros(scaled))
+            states.append(_where(value != 0, changed, own))
+        return new, tuple(states)
+
+
+def _traced(part: Rule, rows: jax.Array, names: tuple[str, ...] | None, last: bool) -> Rule:
+    def init(params):
+        return (part.update.init(params),) * rows.shape[1]
+
+    return part._replace(update=optax.GradientTransformationExtraArgs(init, _TracedUpdate(part, rows, names, last)))
+
+
+def _columns(names: Sequence[str] | None, count: int, params: Any, layers: Sequence[str] | None) -> Sequence[str]:
+    """The layer of each column.
+
+    Raises:
+      ValueError: they are not the layers of the parameters.
+    """
+    if not names:
+        raise ValueError(
+            "lambda_mask: the model has no layer names, so the pattern's columns have no meaning. Usual cause: a hand-made Model; "
+            f"give it layers=(...) in forward order, or lambda_mask labels=(...), of {', '.join(params)}."
+        )
+    if len(names) != count or set(names) != set(params):
+        raise ValueError(
+            f"lambda_mask: the pattern has {count} columns for the layers {', '.join(names)}; the parameters have {len(params)}, "
+            f"{', '.join(layers or params)}. Usual cause: a pattern made for another network."
+        )
+    return names
+
+
+def _zeros(tree: Any) -> Any:
+    return jax.tree.map(jnp.zeros_like, tree)
+
+
+def _times(value: Any, tree: Any) -> Any:
+    return tree if isinstance(value, int | float) and value == 1 else jax.tree.map(lambda leaf: leaf * value, tree)
+
+
+def _where(which: Any, moved: Any, still: Any) -> Any:
+    """`moved` where `which` says so: one value, or a tree of bools, by which a leaf is taken whole."""
+    if isinstance(which, jax.Array):
+        return jax.tree.map(lambda new, old: jnp.where(which, new, old), moved, still)
+    return jax.tree.map(lambda chosen, new, old: new if chosen else old, which, moved, still)
+
+
+@memoise
+def sparse(start: float = 0.01) -> Rule:
+    """Learns which parameters adapt: multiplies every update by 1 where its alpha is at least 0, by 0 where it is below.
+
+    The meta-gradient passes to alpha as if the step function were the identity (straight-through). Chain it behind the optimiser,
+    `chain(optax.sgd(0.4), sparse())`. All work is done as without it, since what it freezes is only known to the program that runs.
+
+    Args:
+      start: what every alpha starts from; how far from 0 says how long the outer optimiser needs to freeze a parameter.
+
+    Returns:
+      A rule whose hyper, alpha, has the tree of the parameters.
+
+    Raises:
+      ValueError: start is not a finite number.
+    """
+    if not math.isfinite(start):
+        raise ValueError(f"sparse: start must be a finite number, got {start}.")
+
+    def init(params):
+        return jax.tree.map(lambda p: jnp.full_like(p, start), params)
+
+    def update(updates: Any, state: Any, params: Any = None, **context: Any):
+        def mask(alpha, g):
+            return g * ((alpha >= 0) + (alpha - jax.lax.stop_gradient(alpha)))
+
+        return jax.tree.map(mask, context["hyper"], updates), state
+
+    return Rule("sparse", init, update=optax.GradientTransformationExtraArgs(optax.init_empty_state, update))

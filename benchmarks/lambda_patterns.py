@@ -1,0 +1,232 @@
+"""Lambda patterns: how much faster adaptation becomes at how little loss, chosen on validation classes, reported on test classes.
+
+    python benchmarks/lambda_patterns.py omniglot-5w1s --seeds 0 1 2
+    python benchmarks/lambda_patterns.py caltech-5w5s --seeds 0 --steps 2000 --source caltech101_84_31each.npz
+
+For each seed: 5-step MAML is trained, the fastest pattern within a point of the full one is searched on 300 validation episodes,
+and then measured on 1,000 episodes of test classes beside the full pattern, ANIL's head alone, random patterns of about the same
+cost, and, for Omniglot, on photographs in grey at 28 pixels. Then the same for a single step of adaptation, on that theta and after
+meta-training under the pattern. All comparisons are paired: the same episodes. Runs, scores and results are kept and gone on with.
+
+References:
+  Khabarlak, Faster Optimization-Based Meta-Learning Adaptation Phase, 2022 (https://arxiv.org/abs/2206.05930).
+"""
+
+import argparse
+import functools
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from machine import machine  # pyright: ignore[reportMissingImports]
+
+import jmeta as jm
+from jmeta.checkpoint import write_json
+from jmeta.evaluate.cost import operations
+from jmeta.mesh import share
+
+RESULTS = Path(__file__).parent / "results" / "lambda_patterns"
+STEPS = 5  # of the inner loop
+TOLERANCE = 0.01
+VALID_EPISODES, TEST_EPISODES = 300, 1000
+RANDOMS = 5  # random patterns, of operations within a sixth of the best's
+TRAIN_KEY, VALID_KEY, TEST_KEY, SHIFT_KEY = range(4)
+
+
+class Set(NamedTuple):
+    """A network, its tasks, and how it is trained.
+
+    Attributes:
+      model: the network.
+      train, valid, test: tasks of disjoint classes.
+      shift: tasks of another kind, or None.
+      rate: of the inner steps, for a mean loss.
+      batch: tasks of a meta-step.
+    """
+
+    model: jm.Model
+    train: jm.Tasks
+    valid: jm.Tasks
+    test: jm.Tasks
+    shift: jm.Tasks | None
+    rate: float
+    batch: int
+
+
+def photographs(source: str, seed: int) -> jm.Splits:
+    """Caltech-101 without its repeated faces, 64 classes to train on, 16 to choose, 20 to test."""
+    images = jm.from_npz(source)
+    kept = [number for number, name in enumerate(images.names) if name != "Faces_easy"]
+    return jm.Splits(*jm.split_classes(jm.take_classes(images, kept), (64, 16, 20), seed))
+
+
+def small_and_grey(images: jm.Images) -> jm.Images:
+    """84 x 84 colours as 28 x 28 greys: means over 3 x 3 pixels and the channels."""
+    blocks = images.pixels.reshape(-1, 28, 3, 28, 3, 3).mean((2, 4, 5))
+    return images._replace(pixels=blocks.astype(np.uint8)[..., None])
+
+
+def make_set(name: str, source: str | None, seed: int) -> Set:
+    """The set of that name."""
+    data, _, kind = name.partition("-")
+    ways, shots = (int(each) for each in kind.replace("s", "").split("w"))
+    splits = photographs(str(source), seed) if data == "caltech" else jm.omniglot(split="customary", seed=seed)
+    assert splits.valid is not None
+    train, valid, test = (
+        jm.episodes(images, ways, shots, queries) for images, queries in ((splits.train, 5), (splits.valid, 15), (splits.test, 15))
+    )
+    if data == "caltech":
+        return Set(jm.conv4(ways, filters=32, pool=True, shape=(84, 84, 3)), train, valid, test, None, 0.01, 4)
+    shift = None if source is None else jm.episodes(small_and_grey(photographs(source, seed).test), ways, shots, 15)
+    return Set(jm.conv4(ways), train, valid, test, shift, 0.4, 32)
+
+
+@functools.cache
+def learner(model: jm.Model, rate: float, steps: int, pattern: jm.Pattern | None) -> jm.MetaLearner:
+    """MAML of that many inner steps under a pattern."""
+    rule = optax.sgd(rate)
+    return jm.maml(model, jm.xent, rule if pattern is None else jm.lambda_mask(pattern, rule), jm.repeat(steps))
+
+
+def maker(problem: Set, steps: int) -> Any:
+    """`make_learner` of `jm.search`."""
+
+    def make(pattern):
+        return jm.maml(problem.model, jm.xent, jm.lambda_mask(pattern, optax.sgd(problem.rate)), jm.repeat(steps))
+
+    return make
+
+
+def train(problem: Set, steps: int, pattern: jm.Pattern | None, seed: int, meta_steps: int, folder: Path) -> jm.Theta:
+    """Meta-trains, or goes on, or takes what is there."""
+    made = learner(problem.model, problem.rate, steps, pattern)
+    config = {"pattern": str(pattern or "full"), "inner_steps": steps, "rate": problem.rate, "batch": problem.batch, "seed": seed}
+    return jm.fit(
+        jax.random.fold_in(jax.random.key(seed), TRAIN_KEY),
+        made,
+        problem.train,
+        optax.adam(1e-3),
+        meta_steps,
+        problem.batch,
+        validate=jm.Validation(made, problem.valid, 200, every=500),
+        mesh=jm.task_mesh(share(problem.batch, jax.device_count())),
+        workdir=folder,
+        resume=True,
+        config=config,
+        save_every=250,
+    ).theta
+
+
+def randoms(best: jm.Pattern, cost: Any, seed: int) -> list[jm.Pattern]:
+    """Patterns of operations within a sixth of the best's: its steps in any order, their lowest layers, those above by chance."""
+    rng, wanted, found = np.random.default_rng(seed), cost(best), {}
+    for _ in range(200):
+        rows = rng.permutation(np.array(best.rows))
+        lowest = np.where(rows.any(1), rows.argmax(1), rows.shape[1])
+        above = np.arange(rows.shape[1]) > lowest[:, None]
+        chosen = above & (rng.random(rows.shape) < 0.5)
+        chosen |= np.arange(rows.shape[1]) == lowest[:, None]
+        each = jm.pattern(best.layers, chosen.astype(int))
+        if each != best and each not in found and abs(cost(each) / wanted - 1) < 1 / 6:
+            found[each] = None
+        if len(found) == RANDOMS:
+            break
+    return list(found)
+
+
+def compared(
+    problem: Set, steps: int, theta: jm.Theta, tasks: jm.Tasks, key: int, seed: int, patterns: Sequence, path: Path
+) -> dict:
+    """The patterns on the same episodes as the full one, by their texts: accuracy, difference, operations, seconds."""
+    found = jm.search(
+        jax.random.fold_in(jax.random.key(seed), key),
+        maker(problem, steps),
+        theta,
+        patterns,
+        tasks,
+        tolerance=1 - 1e-9,
+        episodes=TEST_EPISODES,
+        timed=len(patterns) + 1,
+        path=path,
+        mesh=jm.task_mesh(),
+    )
+    return {str(each.pattern): {**each._asdict(), "pattern": each.pattern.rows} for each in found.table}
+
+
+def run(name: str, seed: int, meta_steps: int, source: str | None, runs: Path) -> dict[str, Any]:
+    """Trains, searches and measures one seed of a set."""
+    problem, folder = make_set(name, source, seed), runs / f"{name}-seed{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    theta = train(problem, STEPS, None, seed, meta_steps, folder / "full")
+    key = jax.random.fold_in(jax.random.key(seed), VALID_KEY)
+
+    def find(steps, tolerance):
+        how = {"tolerance": tolerance, "episodes": VALID_EPISODES, "rounds": 1, "mesh": jm.task_mesh()}
+        path = folder / f"valid-{steps}.json"
+        return jm.search(key, maker(problem, steps), theta, jm.patterns(problem.model, steps), problem.valid, path=path, **how)
+
+    many, one = find(STEPS, TOLERANCE), find(1, TOLERANCE)
+    task = jax.eval_shape(problem.test.sample, key, problem.test.data)
+    chance = randoms(many.best.pattern, lambda each: operations(maker(problem, STEPS)(each).adapt, key, theta, task.support), seed)
+    head = jm.pattern(problem.model, "head", STEPS)
+    wanted = list(dict.fromkeys([many.best.pattern, many.most_accurate.pattern, head, *chance]))
+    tests = {"test": (problem.test, TEST_KEY)} | ({} if problem.shift is None else {"shift": (problem.shift, SHIFT_KEY)})
+    result = {
+        where: compared(problem, STEPS, theta, tasks, number, seed, wanted, folder / f"{where}.json")
+        for where, (tasks, number) in tests.items()
+    }
+    many.plot(folder / "valid.png")
+    result |= {"best": str(many.best.pattern), "randoms": [str(each) for each in chance], "valid": many.as_dict()}
+    return {**result, "one": one_step(problem, theta, one.most_accurate.pattern, seed, meta_steps, folder)}
+
+
+def one_step(problem: Set, theta: jm.Theta, best: jm.Pattern, seed: int, meta_steps: int, folder: Path) -> dict[str, Any]:
+    """A single step of adaptation: the best pattern against the full one on one theta, and each after meta-training under it."""
+    same = compared(problem, 1, theta, problem.test, TEST_KEY, seed, [best], folder / "one.json")
+    scores = {}
+    for label, pattern in {"full": None, "best": best}.items():
+        own = train(problem, 1, pattern, seed, meta_steps, folder / f"one-{label}")
+        path = folder / f"one-trained-{label}.json"
+        compared(problem, 1, own, problem.test, TEST_KEY, seed, [best], path)
+        rows = pattern.rows if pattern else jm.pattern(problem.model, "full", 1).rows
+        kept = json.loads(path.read_text())["patterns"]
+        scores[label] = next(np.array(row["scores"]) for row in kept if row["rows"] == [list(row) for row in rows])
+    gain = scores["best"] - scores["full"]
+    means = {label: float(each.mean()) for label, each in scores.items()}
+    interval = float(1.96 * gain.std(ddof=1) / np.sqrt(len(gain)))
+    return {"best": str(best), "same_theta": same, "trained": {**means, "gain": float(gain.mean()), "interval": interval}}
+
+
+def main() -> None:
+    """Runs the seeds one after another; a result that is there is kept."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=["omniglot-5w1s", "omniglot-5w5s", "caltech-5w5s"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=5000, help="meta-steps")
+    parser.add_argument("--source", help="caltech101_84_31each.npz; looked up in JMETA_DATA_DIR")
+    parser.add_argument("--runs", type=Path, default=Path("runs") / "lambda_patterns")
+    asked = parser.parse_args()
+    jm.use_cores()
+    jm.use_cache()
+    place = Path(os.environ.get("JMETA_DATA_DIR", ".")) / "caltech101_84_31each.npz"
+    source = asked.source or (str(place) if place.is_file() else None)
+    if source is None and asked.name.startswith("caltech"):
+        parser.error("--source must name caltech101_84_31each.npz, or JMETA_DATA_DIR the folder that holds it")
+    for seed in asked.seeds:
+        path = RESULTS / f"{asked.name}-{asked.steps}-seed{seed}.json"
+        if path.exists():
+            continue
+        result = run(asked.name, seed, asked.steps, source, asked.runs / str(asked.steps))
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        about = {"machine": machine(), "seed": seed, "meta_steps": asked.steps, "norm": "batch", "episodes": TEST_EPISODES}
+        write_json(path, {**about, **result})
+        print(path, flush=True)
+
+
+if __name__ == "__main__":
+    main()
