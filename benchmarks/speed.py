@@ -330,8 +330,15 @@ def main() -> None:
             name = f"{row}, order {order}" if ROWS[row].kind == "train" else row
             rows[name] = {**common, **measure(row, work_of(row, order), args)}
             report(name, rows[name])
+            rows = dict(sorted(rows.items(), key=lambda each: _place(each[0])))
             write_json(args.out, rows)
     draw(rows, args.out.with_suffix(".png"))
+
+
+def _place(name: str) -> tuple[int, int]:
+    """Where a row stands: in the order of `ROWS`, second order first."""
+    row, _, order = name.partition(", order ")
+    return list(ROWS).index(row), -int(order or 0)
 
 
 def _work(row: str, order: int, tasks: int | None) -> Work:
