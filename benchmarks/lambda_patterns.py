@@ -158,8 +158,8 @@ def compared(
     return {str(each.pattern): {**each._asdict(), "pattern": each.pattern.rows} for each in found.table}
 
 
-def run(name: str, seed: int, meta_steps: int, source: str | None, runs: Path) -> dict[str, Any]:
-    """Trains, searches and measures one seed of a set."""
+def run(name: str, seed: int, meta_steps: int, source: str | None, runs: Path, picture: Path) -> dict[str, Any]:
+    """Trains, searches and measures one seed of a set, and draws the search."""
     problem, folder = make_set(name, source, seed), runs / f"{name}-seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     theta = train(problem, STEPS, None, seed, meta_steps, folder / "full")
@@ -171,6 +171,8 @@ def run(name: str, seed: int, meta_steps: int, source: str | None, runs: Path) -
         return jm.search(key, maker(problem, steps), theta, jm.patterns(problem.model, steps), problem.valid, path=path, **how)
 
     many, one = find(STEPS, TOLERANCE), find(1, TOLERANCE)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    many.plot(picture)
     task = jax.eval_shape(problem.test.sample, key, problem.test.data)
     chance = randoms(many.best.pattern, lambda each: operations(maker(problem, STEPS)(each).adapt, key, theta, task.support), seed)
     head = jm.pattern(problem.model, "head", STEPS)
@@ -180,7 +182,6 @@ def run(name: str, seed: int, meta_steps: int, source: str | None, runs: Path) -
         where: compared(problem, STEPS, theta, tasks, number, seed, wanted, folder / f"{where}.json")
         for where, (tasks, number) in tests.items()
     }
-    many.plot(folder / "valid.png")
     result |= {"best": str(many.best.pattern), "randoms": [str(each) for each in chance], "valid": many.as_dict()}
     return {**result, "one": one_step(problem, theta, one.most_accurate.pattern, seed, meta_steps, folder)}
 
@@ -221,8 +222,7 @@ def main() -> None:
         path = RESULTS / f"{asked.name}-{asked.steps}-seed{seed}.json"
         if path.exists():
             continue
-        result = run(asked.name, seed, asked.steps, source, asked.runs / str(asked.steps))
-        RESULTS.mkdir(parents=True, exist_ok=True)
+        result = run(asked.name, seed, asked.steps, source, asked.runs / str(asked.steps), path.with_suffix(".png"))
         about = {"machine": machine(), "seed": seed, "meta_steps": asked.steps, "norm": "batch", "episodes": TEST_EPISODES}
         write_json(path, {**about, **result})
         print(path, flush=True)

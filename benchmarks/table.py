@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
-NAMES = {"maml": "MAML", "fomaml": "FOMAML", "anil": "ANIL", "meta-sgd": "Meta-SGD", "boil": "BOIL"}
+NAMES = {"maml": "MAML", "fomaml": "FOMAML", "anil": "ANIL", "meta-sgd": "Meta-SGD", "boil": "BOIL", "sparse": "sparse-MAML"}
 
 
 def omniglot() -> str:
@@ -140,6 +140,41 @@ def overhead() -> str:
     return "\n".join(lines)
 
 
+def lambda_patterns() -> str:
+    """Patterns against the full one on test classes: rows for the one that was searched, for the head alone and for random ones."""
+    groups = defaultdict(list)
+    for path in sorted((RESULTS / "lambda_patterns").glob("*.json")):
+        name, steps, _ = path.stem.rsplit("-", 2)
+        groups[name, int(steps)].append(json.loads(path.read_text()))
+    lines = _head(("set", "adapted", "seeds", "times as fast", "operations", "points of accuracy", "the same on photographs"))
+    for (name, steps), results in groups.items():
+        first = f"| {name}, {steps:,} meta-steps"
+        found = "; ".join(dict.fromkeys(f"`{result['best']}`" for result in results))
+        kinds = {
+            f"searched: {found}": [[result["best"]] for result in results],
+            "the head alone (ANIL)": [["head*5"]] * len(results),
+            "random, of that cost": [result["randoms"] for result in results],
+        }
+        for kind, texts in kinds.items():
+            cells = [_patterns(results, place, texts) for place in ("test", "shift")]
+            lines.append(f"{first} | {kind} | {len(results)} | {cells[0]} | {cells[1].rpartition('|')[2].strip() or '-'} |")
+    return "\n".join(lines)
+
+
+def _patterns(results: list[dict], place: str, texts: list[list[str]]) -> str:
+    """Means over seeds and patterns of speed, share of the operations, and paired difference with its 95 % interval over seeds."""
+    if any(place not in result or not own for result, own in zip(results, texts, strict=True)):
+        return ""
+    rows = [[(result[place][text], result[place]["full*5"]) for text in own] for result, own in zip(results, texts, strict=True)]
+    flat = [pair for own in rows for pair in own]
+    faster = sum(full["latency"] / each["latency"] for each, full in flat) / len(flat)
+    share = sum(each["operations"] / full["operations"] for each, full in flat) / len(flat)
+    gain = sum(each["difference"] for each, _ in flat) / len(flat)
+    widths = [sum(each["difference_interval"] for each, _ in own) / len(own) for own in rows]  # random ones share their episodes
+    interval = sum(width**2 for width in widths) ** 0.5 / len(widths)
+    return f"{faster:.1f} | {share:.3f} | {100 * gain:+.1f} ± {100 * interval:.1f}"
+
+
 def _head(titles: Iterable[str]) -> list[str]:
     """The first two lines of a table."""
     titles = list(titles)
@@ -148,7 +183,7 @@ def _head(titles: Iterable[str]) -> list[str]:
 
 def fill(text: str) -> str:
     """A page with every marked table as the results have it."""
-    for make in (omniglot, sinusoid, speed, reach, needs, growth, overhead):
+    for make in (omniglot, sinusoid, speed, reach, needs, growth, overhead, lambda_patterns):
         mark = f"<!-- table: {make.__name__} -->"
         if mark in text:
             before, _, after = text.split(mark)

@@ -18,13 +18,13 @@ import jax
 import optax
 
 from jmeta import losses
-from jmeta.core import MetaLearner, Model, Tasks, memoise
+from jmeta.core import MetaLearner, Model, Tasks, chain, memoise
 from jmeta.learners.maml import anil, boil, maml
 from jmeta.models.adapters import mixed
 from jmeta.models.backbones import conv4, mlp
 from jmeta.models.layers import Norm
 from jmeta.rules.patterns import Pattern, pattern
-from jmeta.rules.scale import lambda_mask, learned_rates
+from jmeta.rules.scale import lambda_mask, learned_rates, sparse
 from jmeta.tasks.episodes import episodes
 from jmeta.tasks.feeds import repeat
 from jmeta.tasks.glyphs import glyphs
@@ -39,7 +39,7 @@ IMAGE_SIZE = 28
 class Config:
     """All that a run of the command line depends on: names and numbers alone."""
 
-    method: Literal["maml", "fomaml", "anil", "boil", "meta-sgd"] = "maml"
+    method: Literal["maml", "fomaml", "anil", "boil", "meta-sgd", "sparse"] = "maml"
     """How tasks are learned."""
     dataset: Literal["glyphs", "omniglot", "sinusoid"] = "glyphs"
     """What is learned; glyphs are rendered, Omniglot is read or downloaded."""
@@ -121,6 +121,7 @@ PRESETS: dict[str, Config] = {
     "anil-omniglot-5w1s": dataclasses.replace(_OMNIGLOT, method="anil"),
     "boil-omniglot-5w1s": dataclasses.replace(_OMNIGLOT, method="boil"),
     "meta-sgd-omniglot-5w1s": dataclasses.replace(_OMNIGLOT, method="meta-sgd"),
+    "sparse-omniglot-5w1s": dataclasses.replace(_OMNIGLOT, method="sparse"),
     "maml-sinusoid-10s": _SINE,
     "maml-sinusoid-5s": dataclasses.replace(_SINE, shots=5, queries=5, test_queries=5),
 }
@@ -181,7 +182,8 @@ def make_masked(config: Config, steps: int | None, masked: Pattern | None) -> Me
         raise ValueError(f"pattern: method {config.method} is a pattern itself; use method maml with pattern head or body.")
     unroll = config.unroll if steps is None else None
     loss = losses.mse if config.dataset == "sinusoid" else losses.xent
-    rule: Any = learned_rates(config.inner_rate) if config.method == "meta-sgd" else optax.sgd(config.inner_rate)
+    rule: Any = optax.sgd(config.inner_rate)
+    rule = {"meta-sgd": learned_rates(config.inner_rate), "sparse": chain(rule, sparse())}.get(config.method, rule)
     rule = rule if masked is None else lambda_mask(masked, rule)
     make = {"anil": anil, "boil": boil}.get(config.method, maml)
     order = 1 if config.method == "fomaml" else 2

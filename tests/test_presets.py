@@ -38,7 +38,7 @@ def test_methods_differ_where_they_should(key):
 def test_a_pattern_in_the_configuration_masks_the_inner_loop(key):
     images = jax.random.normal(key, (5, 28, 28, 1))
     support = jm.Batch(images, jax.numpy.arange(5))
-    for method, moved in (("maml", {"head"}), ("meta-sgd", {"head"})):
+    for method, moved in (("maml", {"head"}), ("meta-sgd", {"head"}), ("sparse", {"head"})):
         learner = presets.make_learner(Config(method=method, filters=4, pattern="head"))
         theta = learner.init(key)
         phi = learner.adapt(key, theta, support)

@@ -188,7 +188,7 @@ def _static(part: Rule, rows: tuple[tuple[float, ...], ...], names: tuple[str, .
         return rows[min(step, len(rows) - 1)], part.phase(step)
 
     def update(updates, state, params=None, **context):
-        row, own = context.pop("phase", None) or phase(context["step"])
+        row, own = context.pop("phase", None) or phase(context.get("step", 0))
         layers = _columns(names or context.get("layers"), len(row), updates, context.get("layers"))
         given = dict(updates) | {name: _zeros(updates[name]) for name, value in zip(layers, row, strict=True) if not value}
         new, state = _zeros(updates), list(state)
