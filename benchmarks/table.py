@@ -53,9 +53,17 @@ def sinusoid() -> str:
     lines = _head(["run", *(f"after {step}" for step in steps)])
     lines.append("| Finn et al. 2017 | " + " | ".join(f"{found['paper'][step]:.2f}" for step in steps) + " |")
     for run in found["runs"]:
-        cells = (f"{run['by_step'][step]['mse']:.2f} ± {run['by_step'][step]['interval95']:.2f}" for step in steps)
-        lines.append(f"| seed {run['seed']} | " + " | ".join(cells) + " |")
+        lines.append(f"| seed {run['seed']} | {_errors(run['by_step'], steps)} |")
+        if run["diverged"]:
+            waves = f"without {run['diverged']} of {run['episodes']:,} waves, on which the inner steps diverge"
+            lines.append(f"| seed {run['seed']} {waves} | {_errors(run['by_step_others'], steps)} |")
     return "\n".join(lines)
+
+
+def _errors(by_step: dict, steps: list[str]) -> str:
+    digits = [".2f" if by_step[step]["mse"] < 100 else ".0e" for step in steps]
+    cells = zip((by_step[step] for step in steps), digits, strict=True)
+    return " | ".join(f"{each['mse']:{form}} ± {each['interval95']:{form}}" for each, form in cells)
 
 
 def speed() -> str:
