@@ -66,7 +66,8 @@ def scan(body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: jax.Array,
     early, late = _split(jaxpr.eqns, still)
     outputs = [*(after[number] for number in moving), *jaxpr.outvars[len(leaves) :]]
     late, behind = _needed(late, outputs)
-    kept = list(_made(early).difference(_made(fixed)).intersection(behind))
+    again = _made(fixed)
+    kept = [var for each in early for var in each.outvars if var in behind and var not in again]  # in the program's order
     once = {**still, **dict(zip(kept, _part(jaxpr, list(still), kept, early)(*still.values()), strict=True))}
     step = _part(jaxpr, [*once, *(before[number] for number in moving), jaxpr.invars[-1]], outputs, [*fixed, *late])
 

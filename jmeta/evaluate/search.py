@@ -9,32 +9,22 @@ Differs from the paper in: its abstract alone is known here. The tolerance is ab
 Choose on validation classes and report on test classes: the best of many looks better than it is.
 """
 
-import functools
-import hashlib
-import json
-import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from jmeta import plot
-from jmeta.checkpoint import write_json
-from jmeta.core import MetaLearner, Task, Tasks, Theta, default_chunk
-from jmeta.evaluate.cost import alternately, operations
-from jmeta.evaluate.fewshot import ahead, episode_keys
-from jmeta.log import bar
+from jmeta.core import MetaLearner, Tasks, Theta
+from jmeta.evaluate import trials
 from jmeta.losses import accuracy as share_right
-from jmeta.mesh import check_mesh, count_devices, processor, replicate, split, spread
+from jmeta.mesh import check_mesh
 from jmeta.rules.patterns import Pattern, pattern
 
-TOGETHER = 16  # patterns in one call of the compiled program
 TIMES = ("latency", "throughput")  # what is measured, and not for all
-BATCH = 32  # tasks whose adaptation together gives the throughput
 NEIGHBOURS = 32  # new patterns in a round
 
 
@@ -193,23 +183,17 @@ def search(
     """
     _check(tolerance, episodes, timed, rounds, by)
     check_mesh(mesh)
-    candidates, metric = _candidates(patterns, reference), metric or share_right
-    task = _first_task(key, tasks)
-    kept = _Kept.open(path, _fingerprint(make_learner, metric, key, theta, task, episodes, candidates[0]), _place(mesh))
-
-    def score(wanted: Sequence[Pattern]) -> None:
-        _score(key, make_learner, theta, tasks, metric, episodes, mesh, wanted, kept, progress)
-        _count(lambda each: operations(make_learner(each).adapt, key, theta, task.support), wanted, kept, progress)
-
-    score(candidates)
-    for number in range(rounds):
-        near = _neighbours(_compared(candidates, kept), tolerance, number)
-        score(near)
-        candidates += near
+    candidates = _candidates(patterns, reference)
+    trial = trials.Trial(key, make_learner, theta, tasks, metric or share_right, episodes, mesh, progress)
+    kept = trials.Kept.open(path, trial, candidates[0])
+    for number in range(rounds + 1):
+        new = _neighbours(_compared(candidates, kept), tolerance, number) if number else candidates
+        trials.score(trial, new, kept)
+        trials.count(trial, new, kept)
+        candidates = list(dict.fromkeys([*candidates, *new]))
     chosen = _worth_timing(_compared(candidates, kept), tolerance, timed)
     if not set(chosen) <= set(kept.seconds):
-        kept.seconds.clear()  # of another hour
-        _time(make_learner, key, theta, tasks, chosen, mesh, kept, progress)
+        trials.time(trial, chosen, kept)
     return _result(_compared(candidates, kept), tolerance, episodes, by)
 
 
@@ -242,190 +226,6 @@ def _candidates(patterns: Iterable[Pattern], reference: Pattern | None) -> list[
     return [Pattern(each, names) for each in dict.fromkeys(rows)]
 
 
-def _first_task(key: jax.Array, tasks: Tasks) -> Task:
-    keys = episode_keys(key, 1, 1)
-    (own, staged), *_ = ahead(tasks, keys)
-    data = tasks.data if staged is None else jax.tree.map(lambda leaf: leaf[0], staged)
-    return tasks.sample(jax.random.split(own[0])[0], data)
-
-
-def _fingerprint(
-    make_learner: Callable, metric: Callable, key: jax.Array, theta: Theta, task: Task, episodes: int, reference: Pattern
-) -> str:
-    """Tells apart searches whose scores must not be mixed: by program, theta and episodes."""
-
-    def score(theta, task):
-        learner = make_learner(reference)
-        outputs = learner.predict(learner.adapt(key, theta, task.support), task.query.x)
-        return metric(outputs, task.query.y, *(() if task.query.mask is None else (task.query.mask,)))
-
-    program = re.sub(r"0x[0-9a-f]+", "", str(jax.make_jaxpr(score)(theta, task)))  # addresses differ from process to process
-    found = hashlib.sha256(f"{episodes} {reference} {program}".encode())
-    for leaf in jax.tree.leaves((jax.random.key_data(key), theta, task)):
-        found.update(np.asarray(leaf).tobytes())
-    return found.hexdigest()
-
-
-def _place(mesh: Mesh | None) -> str:
-    """Where times are comparable."""
-    device = jax.devices()[0]
-    return (
-        f"{processor() if device.platform == 'cpu' else device.device_kind}, {count_devices(mesh)} devices, jax {jax.__version__}"
-    )
-
-
-class _Kept(NamedTuple):
-    """What is known so far, of which search and on which machine, and the file that keeps it."""
-
-    path: Path | None
-    fingerprint: str
-    place: str
-    scores: dict[Pattern, np.ndarray]
-    operations: dict[Pattern, int]
-    seconds: dict[Pattern, tuple[float, float]]
-
-    @classmethod
-    def open(cls, path: str | Path | None, fingerprint: str, place: str) -> "_Kept":
-        """What an earlier search with that fingerprint left in the file; its times only if they are of this machine.
-
-        Raises:
-          FileNotFoundError: the file's folder is not there.
-          ValueError: the file holds something else.
-        """
-        kept = cls(None if path is None else Path(path), fingerprint, place, {}, {}, {})
-        if kept.path is None:
-            return kept
-        if not kept.path.absolute().parent.is_dir():
-            raise FileNotFoundError(f"search: path is {path}, whose folder is not there.")
-        if not kept.path.exists():
-            return kept
-        try:
-            stored = json.loads(kept.path.read_text())
-            if stored["fingerprint"] != fingerprint:
-                raise ValueError
-            for row in stored["patterns"]:
-                each = Pattern(tuple(map(tuple, row["rows"])), tuple(stored["layers"]))
-                kept.scores[each] = np.array(row["scores"])
-                kept.operations.update({each: row["operations"]} if "operations" in row else {})
-                kept.seconds.update({each: tuple(row["seconds"])} if "seconds" in row and stored["place"] == place else {})
-        except (ValueError, KeyError, TypeError, UnicodeDecodeError):
-            raise ValueError(
-                f"search: path is {path}, which holds no search of this theta, these episodes and this key. Give another name, or "
-                "what that search was given."
-            ) from None
-        return kept
-
-    def write(self) -> None:
-        if self.path is None or not self.scores:
-            return
-        rows = []
-        for each, scores in self.scores.items():
-            row: dict[str, Any] = {"rows": each.rows, "scores": scores.tolist()}
-            row |= {"operations": self.operations[each]} if each in self.operations else {}
-            rows.append(row | ({"seconds": self.seconds[each]} if each in self.seconds else {}))
-        layers = next(iter(self.scores)).layers
-        found = {"fingerprint": self.fingerprint, "place": self.place, "layers": layers, "patterns": rows}
-        write_json(self.path, found)
-
-
-@functools.partial(jax.jit, static_argnums=range(6))
-def _scores(make_learner, layers, sample, metric, together, mesh, theta, data, rows, keys, staged):
-    """The metric of each episode and pattern, `[len(keys), len(rows)]`."""
-
-    def one(theta, data, rows, key, own):
-        key_task, key_learn = jax.random.split(key)
-        task = sample(key_task, data if staged is None else own)
-        extra = () if task.query.mask is None else (task.query.mask,)
-
-        def score(row):
-            learner = make_learner(Pattern(row, layers))
-            phi = learner.adapt(key_learn, theta, task.support)
-            return metric(learner.predict(phi, task.query.x), task.query.y, *extra)
-
-        return jax.lax.map(score, rows, batch_size=together if together > 1 else None)
-
-    def episodes(theta, data, rows, keys, staged):
-        return jax.lax.map(lambda each: one(theta, data, rows, *each), (keys, staged))
-
-    return spread(episodes, mesh, (False, False, False, True, True), mean=False)(theta, data, rows, keys, staged)
-
-
-def _score(key, make_learner, theta, tasks, metric, episodes, mesh, wanted, kept, progress) -> None:
-    """Adds the scores of the patterns wanted, and keeps them after every group."""
-    wanted = [each for each in wanted if each not in kept.scores]
-    if not wanted:
-        return
-    keys, together = episode_keys(key, episodes, count_devices(mesh)), default_chunk(theta.params, TOGETHER)
-    program = functools.partial(_scores, make_learner, wanted[0].layers, tasks.sample, metric, together, mesh)
-    program = functools.partial(program, *replicate((theta, tasks.data), mesh))
-    groups = [wanted[first : first + TOGETHER] for first in range(0, len(wanted), TOGETHER)]
-    with bar(len(groups) * len(keys), 0, progress) as (advance, _):
-        for number, group in enumerate(groups):
-            rows = jnp.array([each.rows for each in (group * TOGETHER)[:TOGETHER]], jnp.float32)  # of one shape: one program
-            parts = []
-            for part, staged in ahead(tasks, keys):
-                parts.append(np.asarray(program(replicate(rows, mesh), part, staged)))
-                advance(number * len(keys) + len(parts), {})
-            values = np.concatenate(parts)[:episodes].astype(np.float64)
-            kept.scores.update(zip(group, values.T, strict=False))
-            kept.write()
-
-
-def _count(count: Callable[[Pattern], int], wanted: Sequence[Pattern], kept: "_Kept", progress: bool) -> None:
-    """Adds the operations of the patterns wanted, and keeps them now and then."""
-    with bar(len(wanted), 0, progress) as (advance, _):
-        for number, each in enumerate(wanted):
-            if each not in kept.operations:
-                kept.operations[each] = count(each)
-            advance(number + 1, {})
-            if number % TOGETHER == 0 or number == len(wanted) - 1:
-                kept.write()
-
-
-def _time(make_learner, key, theta, tasks, wanted, mesh, kept, progress) -> None:
-    """Adds latency and seconds a task of many, of all that are wanted, measured in turns."""
-    supports = _supports(key, tasks, mesh)
-    one = jax.tree.map(lambda leaf: leaf[0], supports)
-    alone, many = (key, theta, one), (*replicate((key, theta), mesh), split(supports, mesh))
-    calls: tuple[list, list] = ([], [])
-    with bar(len(wanted), 0, progress) as (advance, _):
-        for number, each in enumerate(wanted):
-            learner = make_learner(each)
-            calls[0].append(_compiled(learner.adapt, alone))
-            calls[1].append(_compiled(_adapting(learner, default_chunk(theta.params, BATCH), mesh), many))
-            advance(number + 1, {})
-    latency, together = (alternately(each) for each in calls)
-    count = len(jax.tree.leaves(supports)[0])
-    for each, alone_seconds, seconds in zip(wanted, latency, together, strict=True):
-        kept.seconds[each] = alone_seconds, seconds / count
-    kept.write()
-
-
-def _supports(key: jax.Array, tasks: Tasks, mesh: Mesh | None) -> Any:
-    """The support sets of about `BATCH` tasks, `[tasks, ...]`."""
-    part, staged = next(ahead(tasks, episode_keys(key, BATCH, count_devices(mesh))))
-    sample = jax.vmap(lambda key, data: tasks.sample(jax.random.split(key)[0], data).support, (0, None if staged is None else 0))
-    return jax.jit(sample)(part, tasks.data if staged is None else staged)
-
-
-def _compiled(function: Callable, arguments: tuple) -> Callable[[], Any]:
-    program = jax.jit(function).lower(*arguments).compile()
-    jax.block_until_ready(program(*arguments))
-    return lambda: program(*arguments)
-
-
-def _adapting(learner: MetaLearner, together: int, mesh: Mesh | None) -> Callable:
-    """The adaptation to many tasks, of which the sum of the parameters is left, so that none of them is dropped."""
-
-    def adapt(key, theta, supports):
-        def one(support):
-            return jax.tree.map(jnp.sum, learner.adapt(key, theta, support).params)
-
-        return jax.lax.map(one, supports, batch_size=together if together > 1 else None)
-
-    return spread(adapt, mesh, (False, False, True), mean=False)
-
-
 def _neighbours(candidates: Sequence[Candidate], tolerance: float, seed: int) -> list[Pattern]:
     """New patterns that differ in one entry from the best so far or from one of the front, some of them if there are many."""
     best, found = _result(candidates, tolerance, 0, "operations").best, {}
@@ -442,7 +242,7 @@ def _neighbours(candidates: Sequence[Candidate], tolerance: float, seed: int) ->
     return [new[number] for number in sorted(order)]
 
 
-def _compared(candidates: Sequence[Pattern], kept: _Kept) -> list[Candidate]:
+def _compared(candidates: Sequence[Pattern], kept: trials.Kept) -> list[Candidate]:
     """The candidates, each beside the first, which is the reference."""
     found, reference = [], kept.scores[candidates[0]]
     for each in candidates:

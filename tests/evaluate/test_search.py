@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import jmeta as jm
-from jmeta.evaluate import search as module
+from jmeta.evaluate import trials
 from tests import toys
 
 NET = toys.net()
@@ -73,8 +73,8 @@ def test_a_search_that_was_cut_off_goes_on(theta, tmp_path, monkeypatch):
     path = tmp_path / "scores.json"
     _search(theta, PATTERNS[:2], path=path)
     asked = []
-    score = module._scores
-    monkeypatch.setattr(module, "_scores", lambda *args: asked.append(np.asarray(args[8])) or score(*args))
+    score = trials._scores
+    monkeypatch.setattr(trials, "_scores", lambda *args: asked.append(np.asarray(args[8])) or score(*args))
     found = _search(theta, path=path)
     assert len(asked) == 1 and len({row.tobytes() for row in asked[0]}) == len(PATTERNS) - 2
     again = _search(theta, path=path)
