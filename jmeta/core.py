@@ -399,17 +399,18 @@ def _inner_step(forward: Callable, loss: Callable, rule: Rule, data: Data, order
             context = {"step": step, "phase": phase, "hyper": hyper, "key": key_update, "layers": layers}
             return rule.update.update(grads, state, params, **context)
 
-        read, moved = invariant.flows(update, params)
+        flow = invariant.flows(update, params)
         batch = data.at(key_data, support, step, lambda x: forward(params, hyper, x, step, key_gate))
 
         def step_loss(learned):
-            return evaluate_loss(loss, forward(_filled(params, read, learned), hyper, batch.x, step, key_gate), batch)
+            return evaluate_loss(loss, forward(_filled(params, flow.read, learned), hyper, batch.x, step, key_gate), batch)
 
-        grads = jax.grad(step_loss)(_chosen(params, read)) if any(read) else []
+        grads = jax.grad(step_loss)(_chosen(params, flow.read)) if any(flow.read) else []
         if order == 1:
             grads = jax.lax.stop_gradient(grads)
-        updates, state = update(_filled(jax.tree.map(jnp.zeros_like, params), read, grads))
-        return _filled(params, moved, optax.apply_updates(_chosen(params, moved), _chosen(updates, moved))), state
+        updates, state = flow.run(_filled(jax.tree.map(jnp.zeros_like, params), flow.read, grads))
+        moved = optax.apply_updates(_chosen(params, flow.moved), _chosen(updates, flow.moved))
+        return _filled(params, flow.moved, moved), state
 
     return step_of
 

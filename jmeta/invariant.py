@@ -8,7 +8,7 @@ References:
 """
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,27 +16,44 @@ from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 
 
-def flows(update: Callable[[Any], tuple[Any, Any]], gradients: Any) -> tuple[list[bool], list[bool]]:
-    """Which gradients an update reads, and which of its results are not zero whatever the gradients are.
+class Flows(NamedTuple):
+    """What an update does with gradients.
+
+    Attributes:
+      read: for each leaf, whether that gradient has a part in any update or in the state.
+      moved: for each leaf, whether its update can be other than zero.
+      run: the update, traced: `(gradients) -> (updates, state)`.
+    """
+
+    read: list[bool]
+    moved: list[bool]
+    run: Callable[[Any], tuple[Any, Any]]
+
+
+def flows(update: Callable[[Any], tuple[Any, Any]], gradients: Any) -> Flows:
+    """Which gradients an update reads, and which parameters it moves whatever the gradients are.
 
     Args:
       update: `(gradients) -> (updates, state)`, with updates of the gradients' structure.
       gradients: a tree of arrays, or of anything that has their shapes and types.
 
     Returns:
-      Two lists with an entry a leaf: whether that gradient has a part in any update or in the state, and whether that update can be
-      other than zero.
+      What is read and moved, and the update, which is traced this once.
     """
-    program, (shapes, _) = jax.make_jaxpr(update, return_shape=True)(gradients)
+    program, shapes = jax.make_jaxpr(update, return_shape=True)(gradients)
     jaxpr = program.jaxpr
-    updates = jaxpr.outvars[: len(jax.tree.leaves(shapes))]
+    updates = jaxpr.outvars[: len(jax.tree.leaves(shapes[0]))]
     fixed, _ = _split(jaxpr.eqns, ())
     constant = list(_made(fixed).intersection(_variables(updates)))
     with jax.ensure_compile_time_eval():
         values = dict(zip(constant, _part(jaxpr, (), constant, fixed)(), strict=True))
     moved = [_may_move(out.val if isinstance(out, Literal) else values.get(out, 1)) for out in updates]
     _, read = _needed(jaxpr.eqns, jaxpr.outvars)
-    return [var in read for var in jaxpr.invars], moved
+
+    def run(gradients):
+        return jax.tree.unflatten(jax.tree.structure(shapes), jaxpr_as_fun(program)(*jax.tree.leaves(gradients)))
+
+    return Flows([var in read for var in jaxpr.invars], moved, run)
 
 
 def _may_move(update: Any) -> bool:
