@@ -148,6 +148,20 @@ def overhead() -> str:
     return "\n".join(lines)
 
 
+def frozen() -> str:
+    """What frozen layers save: a row a pattern, shares of the full one's operations and time."""
+    found = json.loads((RESULTS / "frozen.json").read_text())
+    lines = _head(["pattern", *(f"{steps}: {what}" for steps in found for what in ("operations", "of a meta-gradient", "time"))])
+    for text in next(iter(found.values()))["patterns"]:
+        cells = []
+        for row in found.values():
+            own, full = row["patterns"][text], row["patterns"]["full"]
+            cells += [f"{own[name] / full[name]:.3f}" for name in ("operations", "operations_of_meta_gradient")]
+            cells.append(f"{own['seconds'] / full['seconds']:.3f} ({1e3 * own['seconds']:.2f} ms)")
+        lines.append(f"| {text} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def lambda_patterns() -> str:
     """Patterns against the full one on test classes: rows for the one that was searched, for the head alone and for random ones."""
     groups = defaultdict(list)
@@ -191,7 +205,7 @@ def _head(titles: Iterable[str]) -> list[str]:
 
 def fill(text: str) -> str:
     """A page with every marked table as the results have it."""
-    for make in (omniglot, sinusoid, speed, reach, needs, growth, overhead, lambda_patterns):
+    for make in (omniglot, sinusoid, speed, reach, needs, growth, overhead, frozen, lambda_patterns):
         mark = f"<!-- table: {make.__name__} -->"
         if mark in text:
             before, _, after = text.split(mark)

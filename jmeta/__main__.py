@@ -20,7 +20,7 @@ USAGE = """usage: jmeta COMMAND ...
   presets                          list the presets
   data NAME                        render glyphs or fetch omniglot, and show what is there
   plot RUN                         draw learning curve, inner steps and an episode
-  bench [speed|growth|overhead]    time jmeta and the peers that are installed; how its cost grows; what is beside it
+  bench [speed|growth|overhead|frozen]   time jmeta and peers; how cost grows; what is beside it; what frozen layers save
 
 `jmeta COMMAND --help` lists the options; `jmeta train PRESET --help` shows all fields of a preset."""
 

@@ -27,7 +27,7 @@ from jmeta.rules import patterns
 from jmeta.tasks.images import Images, from_folder, invert, is_picture, read_picture
 from jmeta.train import Fit, Validation, fit
 
-BENCHMARKS = ("speed", "growth", "overhead")
+BENCHMARKS = ("speed", "growth", "overhead", "frozen")
 PAPER = 127  # a border brighter than this is paper: the ink is dark
 TEST_KEY, EPISODE_KEY, ADAPT_KEY, SEARCH_KEY = 1, 2, 3, 4  # folded into the seed's key, after the training's own
 # Passes through a task, forward and backward, times parameters, from which a run is tuned: conv4 makes as many in about five
@@ -469,8 +469,8 @@ def bench(args: list[str]) -> int:
     """Runs one of the benchmarks that come with jmeta, in a process of its own.
 
     Args:
-      args: "speed" (also if none is named), "growth" or "overhead", and its options; results go to `jmeta-bench-NAME.json` here
-        if `--out` is not among them.
+      args: "speed" (also if none is named), "growth", "overhead" or "frozen", and its options; results go to
+        `jmeta-bench-NAME.json` here if `--out` is not among them.
 
     Returns:
       The exit status.
