@@ -210,7 +210,7 @@ def evaluate(
       episodes: how many.
       split: of which classes.
       shots: support images a class, as in training if not given.
-      steps: inner steps, as in the run's tests if not given.
+      steps: inner steps; if not given those of the pattern's file, or as in the run's tests.
       pattern: layers that adapt at each inner step: a file of `jmeta search`, or text such as "suffix(2)*2, head"; the run's own if
         not given.
       seed: of the episodes.
@@ -220,8 +220,8 @@ def evaluate(
       The JSON file written into the run's folder.
     """
     config, _, theta = _read(run)
-    changed = {"shots": config.shots if shots is None else shots, "test_steps": config.test_steps if steps is None else steps}
-    config = _with_pattern(dataclasses.replace(config, **changed), pattern)
+    config = _with_pattern(dataclasses.replace(config, shots=config.shots if shots is None else shots), pattern)
+    config = config if steps is None else dataclasses.replace(config, test_steps=steps)
     problem = presets.make_problem(config)
     tasks = getattr(problem, split)
     if tasks is None:
@@ -234,7 +234,7 @@ def evaluate(
 
 
 def _with_pattern(config: Config, given: str | None) -> Config:
-    """The config with another pattern, from a file or from text; with its own if None.
+    """The config with another pattern, from a file, whose rows are then the steps, or from text; with its own if None.
 
     Raises:
       ValueError: it is neither, or of another network.
@@ -247,7 +247,7 @@ def _with_pattern(config: Config, given: str | None) -> Config:
     found = patterns.load_pattern(given)
     if found.layers != layers:
         raise ValueError(f"pattern: {given} is for the layers {', '.join(found.layers)}; the run has {', '.join(layers)}.")
-    return dataclasses.replace(config, pattern=str(found))
+    return dataclasses.replace(config, pattern=str(found), test_steps=len(found.rows))
 
 
 def search(

@@ -99,9 +99,10 @@ def test_search_finds_a_pattern_that_eval_and_adapt_use(run, tmp_path):
     assert found["best"]["difference"] >= -0.5 and len(found["table"]) == len({str(each["rows"]) for each in found["table"]})
     assert path.with_suffix(".png").stat().st_size > 1000
 
-    done = _jmeta("eval", run, "--pattern", path, "--episodes", 10, "--steps", 2, cwd=run.parent)
+    done = _jmeta("eval", run, "--pattern", path, "--episodes", 10, cwd=run.parent)
     assert done.returncode == 0, done.stderr
-    assert json.loads((run.parent / done.stdout.splitlines()[-1]).read_text())["config"]["pattern"] == found["best"]["text"]
+    written = json.loads((run.parent / done.stdout.splitlines()[-1]).read_text())
+    assert written["config"]["pattern"] == found["best"]["text"] and len(written["by_step"]) == 3
     _draw(tmp_path / "support" / "moon", 0, True)
     done = _jmeta(
         "adapt", run, "--support", tmp_path / "support", "--query", tmp_path / "support", "--pattern", path, cwd=run.parent
