@@ -7,6 +7,7 @@ beside that the operations of a meta-gradient in second order with 75 queries, a
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,9 @@ def measure(steps: int) -> dict[str, Any]:
     learners = {text: learner(text, steps) for text in PATTERNS}
     theta = learners["full"].init(key)
     programs = {text: jax.jit(each.adapt).lower(key, theta, task.support).compile() for text, each in learners.items()}
-    calls = {text: lambda program=program: program(key, theta, task.support) for text, program in programs.items()}
+    calls: dict[str, Callable[[], Any]] = {
+        text: lambda program=program: program(key, theta, task.support) for text, program in programs.items()
+    }
     forward = jax.jit(jm.conv4(WAYS).apply)
     calls["forward"] = lambda: forward(theta.params, task.support.x)
     for call in calls.values():
