@@ -13,7 +13,6 @@ References:
 """
 
 import argparse
-import functools
 import json
 import os
 from collections.abc import Sequence
@@ -86,15 +85,8 @@ def make_set(name: str, source: str | None, seed: int) -> Set:
     return Set(jm.conv4(ways), train, valid, test, shift, 0.4, 32)
 
 
-@functools.cache
-def learner(model: jm.Model, rate: float, steps: int, pattern: jm.Pattern | None) -> jm.MetaLearner:
-    """MAML of that many inner steps under a pattern."""
-    rule = optax.sgd(rate)
-    return jm.maml(model, jm.xent, rule if pattern is None else jm.lambda_mask(pattern, rule), jm.repeat(steps))
-
-
 def maker(problem: Set, steps: int) -> Any:
-    """`make_learner` of `jm.search`."""
+    """`make_learner` of `jm.search`: MAML of that many inner steps."""
 
     def make(pattern):
         return jm.maml(problem.model, jm.xent, jm.lambda_mask(pattern, optax.sgd(problem.rate)), jm.repeat(steps))
@@ -102,10 +94,10 @@ def maker(problem: Set, steps: int) -> Any:
     return make
 
 
-def train(problem: Set, steps: int, pattern: jm.Pattern | None, seed: int, meta_steps: int, folder: Path) -> jm.Theta:
-    """Meta-trains, or goes on, or takes what is there."""
-    made = learner(problem.model, problem.rate, steps, pattern)
-    config = {"pattern": str(pattern or "full"), "inner_steps": steps, "rate": problem.rate, "batch": problem.batch, "seed": seed}
+def train(problem: Set, steps: int, pattern: jm.Pattern, seed: int, meta_steps: int, folder: Path) -> jm.Theta:
+    """Meta-trains under a pattern, or goes on, or takes what is there."""
+    made = maker(problem, steps)(pattern)
+    config = {"pattern": str(pattern), "inner_steps": steps, "rate": problem.rate, "batch": problem.batch, "seed": seed}
     return jm.fit(
         jax.random.fold_in(jax.random.key(seed), TRAIN_KEY),
         made,
@@ -152,6 +144,7 @@ def compared(
         tolerance=1 - 1e-9,
         episodes=TEST_EPISODES,
         timed=len(patterns) + 1,
+        rounds=0,
         path=path,
         mesh=jm.task_mesh(),
     )
@@ -162,7 +155,7 @@ def run(name: str, seed: int, meta_steps: int, source: str | None, runs: Path, p
     """Trains, searches and measures one seed of a set, and draws the search."""
     problem, folder = make_set(name, source, seed), runs / f"{name}-seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    theta = train(problem, STEPS, None, seed, meta_steps, folder / "full")
+    theta = train(problem, STEPS, jm.pattern(problem.model, "full"), seed, meta_steps, folder / "full")
     key = jax.random.fold_in(jax.random.key(seed), VALID_KEY)
 
     def find(steps, tolerance):
@@ -190,13 +183,12 @@ def one_step(problem: Set, theta: jm.Theta, best: jm.Pattern, seed: int, meta_st
     """A single step of adaptation: the best pattern against the full one on one theta, and each after meta-training under it."""
     same = compared(problem, 1, theta, problem.test, TEST_KEY, seed, [best], folder / "one.json")
     scores = {}
-    for label, pattern in {"full": None, "best": best}.items():
+    for label, pattern in {"full": jm.pattern(problem.model, "full"), "best": best}.items():
         own = train(problem, 1, pattern, seed, meta_steps, folder / f"one-{label}")
         path = folder / f"one-trained-{label}.json"
         compared(problem, 1, own, problem.test, TEST_KEY, seed, [best], path)
-        rows = pattern.rows if pattern else jm.pattern(problem.model, "full", 1).rows
         kept = json.loads(path.read_text())["patterns"]
-        scores[label] = next(np.array(row["scores"]) for row in kept if row["rows"] == [list(row) for row in rows])
+        scores[label] = next(np.array(row["scores"]) for row in kept if row["rows"] == [list(each) for each in pattern.rows])
     gain = scores["best"] - scores["full"]
     means = {label: float(each.mean()) for label, each in scores.items()}
     interval = float(1.96 * gain.std(ddof=1) / np.sqrt(len(gain)))
