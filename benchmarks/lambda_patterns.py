@@ -5,8 +5,9 @@
 
 For each seed: 5-step MAML is trained, the fastest pattern within a point of the full one is searched on 300 validation episodes,
 and then measured on 1,000 episodes of test classes beside the full pattern, ANIL's head alone, random patterns of about the same
-cost, and, for Omniglot, on photographs in grey at 28 pixels. Then the same for a single step of adaptation, on that theta and after
-meta-training under the pattern. All comparisons are paired: the same episodes. Runs, scores and results are kept and gone on with.
+cost, and, for Omniglot, on photographs in grey at 28 pixels. Then, again for each seed, the same for a single step of adaptation,
+on that theta and after meta-training under the pattern. All comparisons are paired: the same episodes. Runs, scores and results are
+kept and gone on with.
 
 References:
   Khabarlak, Faster Optimization-Based Meta-Learning Adaptation Phase, 2022 (https://arxiv.org/abs/2206.05930).
@@ -151,21 +152,29 @@ def compared(
     return {str(each.pattern): {**each._asdict(), "pattern": each.pattern.rows} for each in found.table}
 
 
-def run(name: str, seed: int, meta_steps: int, source: str | None, runs: Path, picture: Path) -> dict[str, Any]:
-    """Trains, searches and measures one seed of a set, and draws the search."""
-    problem, folder = make_set(name, source, seed), runs / f"{name}-seed{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
+def find(problem: Set, steps: int, theta: jm.Theta, seed: int, folder: Path) -> jm.Search:
+    """The search on validation episodes."""
+    return jm.search(
+        jax.random.fold_in(jax.random.key(seed), VALID_KEY),
+        maker(problem, steps),
+        theta,
+        jm.patterns(problem.model, steps),
+        problem.valid,
+        tolerance=TOLERANCE,
+        episodes=VALID_EPISODES,
+        rounds=1,
+        path=folder / f"valid-{steps}.json",
+        mesh=jm.task_mesh(),
+    )
+
+
+def many_steps(problem: Set, seed: int, meta_steps: int, folder: Path, picture: Path) -> dict[str, Any]:
+    """Five steps: the search, drawn, and its choice among others on test classes and on photographs."""
     theta = train(problem, STEPS, jm.pattern(problem.model, "full"), seed, meta_steps, folder / "full")
-    key = jax.random.fold_in(jax.random.key(seed), VALID_KEY)
-
-    def find(steps, tolerance):
-        how = {"tolerance": tolerance, "episodes": VALID_EPISODES, "rounds": 1, "mesh": jm.task_mesh()}
-        path = folder / f"valid-{steps}.json"
-        return jm.search(key, maker(problem, steps), theta, jm.patterns(problem.model, steps), problem.valid, path=path, **how)
-
-    many, one = find(STEPS, TOLERANCE), find(1, TOLERANCE)
+    many = find(problem, STEPS, theta, seed, folder)
     picture.parent.mkdir(parents=True, exist_ok=True)
     many.plot(picture)
+    key = jax.random.key(seed)
     task = jax.eval_shape(problem.test.sample, key, problem.test.data)
     chance = randoms(many.best.pattern, lambda each: operations(maker(problem, STEPS)(each).adapt, key, theta, task.support), seed)
     head = jm.pattern(problem.model, "head", STEPS)
@@ -175,15 +184,19 @@ def run(name: str, seed: int, meta_steps: int, source: str | None, runs: Path, p
         where: compared(problem, STEPS, theta, tasks, number, seed, wanted, folder / f"{where}.json")
         for where, (tasks, number) in tests.items()
     }
-    result |= {"best": str(many.best.pattern), "randoms": [str(each) for each in chance], "valid": many.as_dict()}
-    return {**result, "one": one_step(problem, theta, one.most_accurate.pattern, seed, meta_steps, folder)}
+    return {**result, "best": str(many.best.pattern), "randoms": [str(each) for each in chance], "valid": many.as_dict()}
 
 
-def one_step(problem: Set, theta: jm.Theta, best: jm.Pattern, seed: int, meta_steps: int, folder: Path) -> dict[str, Any]:
-    """A single step of adaptation: the best pattern against the full one on one theta, and each after meta-training under it."""
+def one_step(problem: Set, seed: int, meta_steps: int, folder: Path, picture: Path) -> dict[str, Any]:
+    """A single step: the best pattern against the full one on the theta of five steps, and each after meta-training under it."""
+    full = jm.pattern(problem.model, "full")
+    theta = train(problem, STEPS, full, seed, meta_steps, folder / "full")
+    one = find(problem, 1, theta, seed, folder)
+    one.plot(picture)
+    best = one.most_accurate.pattern
     same = compared(problem, 1, theta, problem.test, TEST_KEY, seed, [best], folder / "one.json")
     scores = {}
-    for label, pattern in {"full": jm.pattern(problem.model, "full"), "best": best}.items():
+    for label, pattern in {"full": full, "best": best}.items():
         own = train(problem, 1, pattern, seed, meta_steps, folder / f"one-{label}")
         path = folder / f"one-trained-{label}.json"
         compared(problem, 1, own, problem.test, TEST_KEY, seed, [best], path)
@@ -196,7 +209,7 @@ def one_step(problem: Set, theta: jm.Theta, best: jm.Pattern, seed: int, meta_st
 
 
 def main() -> None:
-    """Runs the seeds one after another; a result that is there is kept."""
+    """Five steps of all seeds, then one step of all; a result that is there is kept."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=["omniglot-5w1s", "omniglot-5w5s", "caltech-5w5s"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -210,14 +223,18 @@ def main() -> None:
     source = asked.source or (str(place) if place.is_file() else None)
     if source is None and asked.name.startswith("caltech"):
         parser.error("--source must name caltech101_84_31each.npz, or JMETA_DATA_DIR the folder that holds it")
-    for seed in asked.seeds:
-        path = RESULTS / f"{asked.name}-{asked.steps}-seed{seed}.json"
-        if path.exists():
-            continue
-        result = run(asked.name, seed, asked.steps, source, asked.runs / str(asked.steps), path.with_suffix(".png"))
-        about = {"machine": machine(), "seed": seed, "meta_steps": asked.steps, "norm": "batch", "episodes": TEST_EPISODES}
-        write_json(path, {**about, **result})
-        print(path, flush=True)
+    parts = {"": many_steps, "-one-step": one_step}
+    for ending, measure in parts.items():
+        for seed in asked.seeds:
+            path = RESULTS / f"{asked.name}-{asked.steps}-seed{seed}{ending}.json"
+            if path.exists():
+                continue
+            folder = asked.runs / str(asked.steps) / f"{asked.name}-seed{seed}"
+            folder.mkdir(parents=True, exist_ok=True)
+            found = measure(make_set(asked.name, source, seed), seed, asked.steps, folder, path.with_suffix(".png"))
+            about = {"machine": machine(), "seed": seed, "meta_steps": asked.steps, "norm": "batch", "episodes": TEST_EPISODES}
+            write_json(path, {**about, **found})
+            print(path, flush=True)
 
 
 if __name__ == "__main__":

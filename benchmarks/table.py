@@ -165,7 +165,7 @@ def frozen() -> str:
 def lambda_patterns() -> str:
     """Patterns against the full one on test classes: rows for the one that was searched, for the head alone and for random ones."""
     groups = defaultdict(list)
-    for path in sorted((RESULTS / "lambda_patterns").glob("*.json")):
+    for path in sorted((RESULTS / "lambda_patterns").glob("*-seed?.json")):
         name, steps, _ = path.stem.rsplit("-", 2)
         groups[name, int(steps)].append(json.loads(path.read_text()))
     lines = _head(("set", "adapted", "seeds", "times as fast", "operations", "points of accuracy", "the same on photographs"))

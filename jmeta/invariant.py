@@ -7,13 +7,14 @@ References:
   Aho, Lam, Sethi, Ullman, Compilers: Principles, Techniques, and Tools, 2nd edition, 2006, section 9.5: loop-invariant code motion.
 """
 
+import functools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.core import Tracer
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
+from jax.core import Tracer, eval_jaxpr
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 
 
 class Flows(NamedTuple):
@@ -112,7 +113,7 @@ def _part(jaxpr: Jaxpr, inputs: Sequence[Var], outputs: Sequence[Any], equations
     """Those of a program's equations that the outputs need, as a function."""
     needed, _ = _needed(equations, outputs)
     part = jaxpr.replace(constvars=[], invars=list(inputs), outvars=list(outputs), eqns=needed)
-    return jaxpr_as_fun(ClosedJaxpr(part, []))
+    return functools.partial(eval_jaxpr, part, [])
 
 
 def _variables(atoms: Sequence[Any]) -> list[Var]:
