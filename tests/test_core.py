@@ -130,8 +130,8 @@ def test_steps_computed_anew_change_nothing(key, unroll):
 
 
 def test_memory_grows_with_parameters_alone_where_steps_are_computed_anew(key, optimised):
-    model = jm.conv4(3, filters=8, shape=(16, 16, 1))
-    task = jax.tree.map(jnp.asarray, jm.Task(*(jm.Batch(np.ones((12, 16, 16, 1), "float32"), np.arange(12) % 3),) * 2))
+    model = jm.mlp(3, hidden=(16, 16), shape=(6,))
+    task = jm.Task(*(jm.Batch(jnp.ones((600, 6)), jnp.arange(600) % 3),) * 2)
 
     def memory(steps, remat=None):
         learner = jm.maml(model, jm.xent, optax.sgd(0.1), jm.repeat(steps), unroll=False, remat=remat)
