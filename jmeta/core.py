@@ -61,12 +61,14 @@ class Model(NamedTuple):
       layers: names of the top-level entries of `params` in forward order; empty if unknown.
       stats: `(params, x) -> stats`, the normalisation statistics of a batch, which `apply` then uses in place of
         those of its own batch; None unless the network is normalised by the support set.
+      inputs: `(params, x) -> {layer: array[N, ...]}`, what comes into each layer; None if that is not known.
     """
 
     init: Callable[[Array], Params]
     apply: Callable[..., Array]
     layers: tuple[str, ...] = ()
     stats: Callable[[Params, Array], Any] | None = None
+    inputs: Callable[[Params, Array], dict[str, Array]] | None = None
 
 
 class Batch(NamedTuple):
@@ -148,6 +150,8 @@ class Rule(NamedTuple):
         `layers` by keyword. Gradients that it does not read are not computed, and parameters that it does not move not touched.
       phase: `(step: int) -> Hashable`, what is static about a step: steps of equal phase can share one scanned program.
       meta: `(gradient, theta, phi) -> gradient`, on a task's meta-gradient before it is averaged over tasks.
+      clears: whether an inner optimiser's state that goes on from task to task (`carry_state`) becomes 0 where resets changed the
+        parameters; in a chain for all of its resets, if one part asks for it.
       parts: the rules that a chain was made of; None in a rule that is no chain.
     """
 
@@ -158,6 +162,7 @@ class Rule(NamedTuple):
     update: optax.GradientTransformationExtraArgs = _NO_UPDATE
     phase: Callable[[int], Hashable] = _no_phase
     meta: Callable[[Any, Any, Any], Any] = _no_meta
+    clears: bool = False
     parts: tuple["Rule", ...] | None = None
 
 
@@ -261,7 +266,7 @@ def chain(*parts: Rule | optax.GradientTransformation) -> Rule:
         return gradient
 
     both = optax.GradientTransformationExtraArgs(start, update)
-    return Rule("chain", init, reset, gate, both, phase, meta, tuple(rules))
+    return Rule("chain", init, reset, gate, both, phase, meta, any(rule.clears for rule in rules), tuple(rules))
 
 
 class Theta(NamedTuple):
@@ -289,7 +294,8 @@ class MetaLearner(NamedTuple):
       curve: `(key, theta, task) -> y[steps + 1, N, ...]`, query outputs after 0..steps inner steps.
       grad: `(key, theta, task, *, meta_step) -> (base, gradient, info)`: the trainer steps from `base` along the mean
         `gradient` (a `Theta` without memory). `base` is `theta` itself where it does not depend on the task; where it does,
-        only a meta-batch of 1 makes sense and `fit` refuses more. `info` holds scalars to log, at least `loss`.
+        only a meta-batch of 1 makes sense and `fit` refuses more. `info` holds scalars to log, at least `loss`; what else it
+        holds is handed to the outer optimiser alone.
     """
 
     init: Callable[[Array], Any]
@@ -350,7 +356,10 @@ def inner_loop(
     rule = chain(rule)
 
     def begin(key, theta, support):
-        return theta._replace(params=rule.reset(key, theta.params, support, hyper=theta.hyper))
+        params, memory = rule.reset(key, theta.params, support, hyper=theta.hyper), theta.memory
+        if carry_state and rule.clears:
+            memory = {**memory, "state": cleared(rule.update, memory["state"], theta.params, params)}
+        return theta._replace(params=params, memory=memory)
 
     def forward(params, hyper, x, step, key, stats=None):
         params = rule.gate(params, step=step, hyper=hyper, key=key)
@@ -413,6 +422,15 @@ def _inner_step(forward: Callable, loss: Callable, rule: Rule, data: Data, order
         return _filled(params, flow.moved, moved), state
 
     return step_of
+
+
+def cleared(optimizer: optax.GradientTransformation, state: Any, before: Params, after: Params) -> Any:
+    """An optimiser's state with 0 in place of what it remembers of parameters that a reset changed."""
+
+    def clear(slot, old, new):
+        return jnp.where(old != new, jnp.zeros_like(slot), slot)
+
+    return optax.tree.map_params(optimizer, clear, state, before, after)
 
 
 def _carried(state: Any, fresh: Any) -> Any:

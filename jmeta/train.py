@@ -79,6 +79,11 @@ def _learned(theta: Theta) -> Theta:
     return theta._replace(memory=())
 
 
+def _scalars(info: dict[str, Any]) -> dict[str, jax.Array]:
+    """What is logged; the rest is for the outer optimiser alone."""
+    return {name: value for name, value in info.items() if isinstance(value, jax.Array) and value.ndim == 0}
+
+
 def _mean_over_tasks(leaf: jax.Array) -> jax.Array:
     """Floats are averaged over tasks, anything else (counts) is the last task's."""
     return leaf.mean(0) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf[-1]
@@ -108,6 +113,8 @@ def batch_gradient(learner: MetaLearner, sample: Callable, batch: int, chunk: in
                 f"fit: batch is {batch}, but this learner steps from a base that depends on the task (ASB, Meta-ASB), so the "
                 "meta-batch must be 1."
             )
+        if batch > 1 and set(info) != set(_scalars(info)):
+            raise ValueError(f"fit: batch is {batch}, but this learner draws its own examples at each meta-step; batch must be 1.")
         return (base if batch == 1 else base.memory), gradient, info
 
     def over_tasks(keys, theta, shared, own, meta_step):
@@ -162,7 +169,7 @@ def meta_step(
         extra = {"value": info["loss"], "grad": gradient, "value_fn": value_fn, "info": info}
         updates, state = outer.update(gradient, state, _learned(base), **extra)
         moved: Any = optax.apply_updates(_learned(base), updates)
-        return _Carry(moved._replace(memory=base.memory), state), {**info, "gradient_norm": optax.tree.norm(gradient)}
+        return _Carry(moved._replace(memory=base.memory), state), {**_scalars(info), "gradient_norm": optax.tree.norm(gradient)}
 
     return step
 

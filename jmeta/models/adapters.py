@@ -36,7 +36,19 @@ def linen_model(module: nn.Module, example: jax.Array, layers: tuple[str, ...], 
     def stats(params, x):
         return module.apply({"params": params}, x, mutable=["stats"])[1]["stats"]
 
-    return Model(init, apply, layers, stats if support_stats else None)
+    def inputs(params, x):
+        seen = {}
+
+        def record(call, args, kwargs, context):
+            if len(context.module.path) == 1 and context.method_name == "__call__":
+                seen.setdefault(context.module.path[0], args[0])
+            return call(*args, **kwargs)
+
+        with nn.intercept_methods(record):
+            apply(params, x)
+        return {name: seen[name] for name in layers if name in seen}
+
+    return Model(init, apply, layers, stats if support_stats else None, inputs)
 
 
 @memoise
@@ -166,11 +178,7 @@ def _mixed(model: Model, dtype: Any) -> Model:
         given = () if stats is None else (stats,)
         return to(wide(params), model.apply(to(dtype, params), to(dtype, x), *given))
 
-    measure = model.stats
-    if measure is None:
-        return Model(model.init, apply, model.layers)
+    def narrowly(function):
+        return None if function is None else lambda params, x: to(wide(params), function(to(dtype, params), to(dtype, x)))
 
-    def stats(params, x):
-        return to(wide(params), measure(to(dtype, params), to(dtype, x)))
-
-    return Model(model.init, apply, model.layers, stats)
+    return Model(model.init, apply, model.layers, narrowly(model.stats), narrowly(model.inputs))

@@ -1,11 +1,12 @@
-"""The networks of the few-shot literature: an MLP, conv4 and ResNet-12.
+"""The networks of the few-shot literature: an MLP, conv4, ResNet-12, and the conv3 of continual learning.
 
 References:
   Finn, Abbeel, Levine, Model-Agnostic Meta-Learning, ICML 2017 (https://arxiv.org/abs/1703.03400), section 5: mlp and conv4.
   Oreshkin, Rodriguez, Lacoste, TADAM, NeurIPS 2018 (https://arxiv.org/abs/1805.10123): the residual network of 12 layers.
+  Frati, Traft, Clune, Cheney, Reset It and Forget It, ECAI 2024 (https://arxiv.org/abs/2310.07996): conv3.
 
 Differs from the papers in: the MAML code's normalisation has no scale and epsilon 1e-3, and leaves its bias out of adaptation; here
-scale and bias are adapted with the rest and epsilon is 1e-5. ResNet-12 has no DropBlock.
+scale and bias are adapted with the rest and epsilon is 1e-5. ResNet-12 has no DropBlock. Biases of conv3 start from 0.
 """
 
 import flax.linen as nn
@@ -41,6 +42,37 @@ class _Conv4(nn.Module):
             x = _Block(self.filters, self.norm, self.pool, name=f"block{number}")(x)
         x = x.reshape(x.shape[0], -1) if self.pool else x.mean((1, 2))
         return nn.Dense(self.ways, name="head")(x)
+
+
+class Unpadded(nn.Module):
+    """Convolution 3 x 3 without padding, normalisation, ReLU, and max-pooling if asked for."""
+
+    features: int
+    norm: Norm
+    pool: bool
+
+    @nn.compact
+    def __call__(self, x):
+        """From `[N, H, W, C]` to a map smaller by 2 and, pooled, by half."""
+        x = conv_norm(self.norm, x, self.features, pad="VALID", init=nn.initializers.he_normal())
+        return nn.relu(max_pool(x) if self.pool else x)
+
+
+class _Conv3(nn.Module):
+    classes: int
+    filters: int
+    norm: Norm
+
+    @nn.compact
+    def __call__(self, x):
+        for number in range(1, 4):
+            x = Unpadded(self.filters, self.norm, number < 3, name=f"block{number}")(x)
+        return torch_dense(self.classes, "head")(x.reshape(x.shape[0], -1))
+
+
+def torch_dense(features: int, name: str) -> nn.Dense:
+    """A linear layer whose weights start as PyTorch's do, uniform within 1 / sqrt(inputs)."""
+    return nn.Dense(features, kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"), name=name)
 
 
 class _Layer(nn.Module):
@@ -103,7 +135,8 @@ class _ResNet12(nn.Module):
         return nn.Dense(self.ways, name="head")(x.mean((1, 2)))
 
 
-def _check(name: str, sizes: dict[str, int], norm: str, shape: tuple[int, ...], rank: int | None) -> None:
+def check(name: str, sizes: dict[str, int], norm: str, shape: tuple[int, ...], rank: int | None) -> None:
+    """Refuses sizes below 1, norms that are not there, and shapes of another rank."""
     for argument, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name}: {argument} must be at least 1, got {size}.")
@@ -113,7 +146,8 @@ def _check(name: str, sizes: dict[str, int], norm: str, shape: tuple[int, ...], 
         raise ValueError(f"{name}: shape must be (height, width, channels), got {shape}.")
 
 
-def _build(module: nn.Module, shape: tuple[int, ...], layers: tuple[str, ...], norm: Norm) -> Model:
+def build(module: nn.Module, shape: tuple[int, ...], layers: tuple[str, ...], norm: Norm) -> Model:
+    """A module for inputs of that shape as a model."""
     return linen_model(module, jnp.zeros((2, *shape), jnp.float32), layers, support_stats=norm == "support")
 
 
@@ -133,11 +167,11 @@ def mlp(outputs: int, *, hidden: tuple[int, ...] = (40, 40), shape: tuple[int, .
     >>> mlp(1).layers
     ('layer1', 'layer2', 'head')
     """
-    _check("mlp", {"outputs": outputs, **{f"hidden[{i}]": size for i, size in enumerate(hidden)}}, norm, shape, None)
+    check("mlp", {"outputs": outputs, **{f"hidden[{i}]": size for i, size in enumerate(hidden)}}, norm, shape, None)
     if norm == "instance":
         raise ValueError("mlp: norm 'instance' would leave nothing of single values; use 'layer' or 'group'.")
     names = tuple(f"layer{number}" for number in range(1, len(hidden) + 1))
-    return _build(_Mlp(outputs, tuple(hidden), norm), shape, (*names, "head"), norm)
+    return build(_Mlp(outputs, tuple(hidden), norm), shape, (*names, "head"), norm)
 
 
 @memoise
@@ -164,11 +198,41 @@ def conv4(
     >>> model.apply(model.init(jax.random.key(0)), jnp.zeros((2, 28, 28, 1))).shape
     (2, 5)
     """
-    _check("conv4", {"ways": ways, "filters": filters}, norm, shape, 3)
+    check("conv4", {"ways": ways, "filters": filters}, norm, shape, 3)
     if pool and min(shape[:2]) < 16:
         raise ValueError(f"conv4: shape {shape} is pooled away by four halvings; images need at least 16 pixels a side.")
     names = ("block1", "block2", "block3", "block4", "head")
-    return _build(_Conv4(ways, filters, norm, pool), shape, names, norm)
+    return build(_Conv4(ways, filters, norm, pool), shape, names, norm)
+
+
+@memoise
+def conv3(classes: int, *, filters: int = 256, shape: tuple[int, int, int] = (28, 28, 1), norm: Norm = "instance") -> Model:
+    """Three blocks of unpadded convolution, normalisation and ReLU, the first two max-pooled, and a linear head on the last map.
+
+    It is the network that zapping, OML and ANML pre-train on Omniglot; on 84 x 84 in colour it is
+    `conv4(classes, filters=256, pool=True, shape=(84, 84, 3), norm="instance")`.
+
+    Args:
+      classes: outputs of the head, at least one for each class of the image set.
+      filters: channels of each block; the papers use 256.
+      shape: height, width and channels of an image.
+      norm: see `jmeta.models.layers.normalise`.
+
+    Returns:
+      A model with layers block1 to block3 and head, from `[N, height, width, channels]` to logits `[N, classes]`.
+
+    Raises:
+      ValueError: a size is below 1, the norm is unknown, or images would vanish.
+
+    >>> import jax
+    >>> params = conv3(1000).init(jax.random.key(0))
+    >>> sum(leaf.size for leaf in jax.tree.leaves(params))
+    3489256
+    """
+    check("conv3", {"classes": classes, "filters": filters}, norm, shape, 3)
+    if min(shape[:2]) < 18:
+        raise ValueError(f"conv3: shape {shape} vanishes in three unpadded blocks; images need at least 18 pixels a side.")
+    return build(_Conv3(classes, filters, norm), shape, ("block1", "block2", "block3", "head"), norm)
 
 
 @memoise
@@ -192,6 +256,6 @@ def resnet12(
     """
     if len(shape) == 3 and min(shape[:2]) < 2 ** len(widths):
         raise ValueError(f"resnet12: shape {shape} is pooled away; {len(widths)} blocks need {2 ** len(widths)} pixels a side.")
-    _check("resnet12", {"ways": ways, **{f"widths[{i}]": size for i, size in enumerate(widths)}}, norm, shape, 3)
+    check("resnet12", {"ways": ways, **{f"widths[{i}]": size for i, size in enumerate(widths)}}, norm, shape, 3)
     names = tuple(f"block{number}" for number in range(1, len(widths) + 1))
-    return _build(_ResNet12(ways, tuple(widths), norm), shape, (*names, "head"), norm)
+    return build(_ResNet12(ways, tuple(widths), norm), shape, (*names, "head"), norm)

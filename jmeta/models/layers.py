@@ -14,6 +14,7 @@ from jax import lax
 from jmeta.models.convolution import convolve, patches_of, planes_of, times_kernel
 
 Norm = Literal["batch", "support", "group", "layer", "instance", "none"]
+_LECUN = nn.initializers.lecun_normal()
 NORMS = ("batch", "support", "group", "layer", "instance", "none")
 
 
@@ -192,15 +193,25 @@ class _Kernel(nn.Module):
     features: int
     size: int
     use_bias: bool
+    init: nn.initializers.Initializer
 
     @nn.compact
     def __call__(self, channels: int) -> tuple[jax.Array, jax.Array | None]:
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (self.size, self.size, channels, self.features))
+        kernel = self.param("kernel", self.init, (self.size, self.size, channels, self.features))
         return kernel, self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
 
 
-def conv_norm(norm: Norm, x: jax.Array, features: int, size: int = 3, stride: int = 1, use_bias: bool = True) -> jax.Array:
-    """A SAME convolution and a normalisation, as submodules called "conv" and "norm".
+def conv_norm(
+    norm: Norm,
+    x: jax.Array,
+    features: int,
+    size: int = 3,
+    stride: int = 1,
+    use_bias: bool = True,
+    pad: Literal["SAME", "VALID"] = "SAME",
+    init: nn.initializers.Initializer = _LECUN,
+) -> jax.Array:
+    """A convolution and a normalisation, as submodules called "conv" and "norm".
 
     Args:
       norm: see `normalise`.
@@ -209,14 +220,16 @@ def conv_norm(norm: Norm, x: jax.Array, features: int, size: int = 3, stride: in
       size: side of the kernel.
       stride: in both dimensions.
       use_bias: whether the convolution has a bias. Its value is not added where the normalisation would subtract it again.
+      pad: whether the map keeps its size (for stride 1) or loses a border.
+      init: of the kernel.
     """
-    x, kernel, bias = promote_dtype(x, *_Kernel(features, size, use_bias, name="conv")(x.shape[-1]))
+    x, kernel, bias = promote_dtype(x, *_Kernel(features, size, use_bias, init, name="conv")(x.shape[-1]))
     sides, strides = (size, size), (stride, stride)
     if norm == "batch" and size * size * x.shape[-1] <= features:
-        padding = lax.padtype_to_pads(x.shape[1:3], sides, strides, "SAME")
+        padding = lax.padtype_to_pads(x.shape[1:3], sides, strides, pad)
         planes = planes_of(x, sides, padding) if stride == 1 else jnp.moveaxis(patches_of(x, sides, strides, padding), -1, 0)
         return BatchNorm(name="norm")(planes, kernel)
-    product = task_conv(x, kernel, strides, "SAME")
+    product = task_conv(x, kernel, strides, pad)
     if bias is not None and norm not in ("batch", "support", "instance"):
         product = product + bias
     return normalise(norm, product)

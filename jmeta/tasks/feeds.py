@@ -63,3 +63,41 @@ def one_by_one(steps: int) -> Data:
         return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, jnp.asarray(step), 1), source)
 
     return Data(steps, at)
+
+
+@memoise
+def epochs(size: int, *, seed: int = 0) -> Data:
+    """`size` examples at each meta-step, every example once an epoch, in an order drawn anew for each.
+
+    The last batch of an epoch is filled up with examples whose mask is 0. It is for `jmeta.supervised`, whose steps are meta-steps.
+
+    Args:
+      size: examples of a batch.
+      seed: of the orders.
+
+    Raises:
+      ValueError: size is below 1.
+    """
+    if size < 1:
+        raise ValueError(f"epochs: size must be at least 1, got {size}.")
+
+    def at(key, source: Batch, step, act):
+        examples = source.y.shape[0]
+        epoch, number = jnp.divmod(step, epoch_steps(examples, size))
+        order = jax.random.permutation(jax.random.fold_in(jax.random.key(seed), epoch), examples)
+        places = number * size + jnp.arange(size)
+        chosen = order[jnp.minimum(places, examples - 1)]
+        x = source.x[chosen]
+        x = x.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else x
+        return Batch(x, source.y[chosen], (places < examples).astype(jnp.float32))
+
+    return Data(1, at)
+
+
+def epoch_steps(examples: int, size: int) -> int:
+    """Batches of an epoch, the last of which may not be full.
+
+    >>> epoch_steps(14_460, 256)
+    57
+    """
+    return -(-examples // size)

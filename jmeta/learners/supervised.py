@@ -1,0 +1,51 @@
+"""Ordinary supervised learning as a meta-learner, for pre-training and as a baseline: nothing is adapted to a task.
+
+    theta <- outer(theta, grad L_batch(theta))
+
+References:
+  Frati, Traft, Clune, Cheney, Reset It and Forget It, ECAI 2024 (https://arxiv.org/abs/2310.07996): i.i.d. pre-training.
+"""
+
+from collections.abc import Callable
+
+import jax
+
+from jmeta.core import Data, MetaLearner, Model, Theta, evaluate_loss, memoise
+from jmeta.losses import measure
+
+
+@memoise
+def supervised(model: Model, loss: Callable[..., jax.Array], data: Data) -> MetaLearner:
+    """Learns from one batch at each meta-step.
+
+    Args:
+      model: the network.
+      loss: `(outputs, y) -> scalar`, or `(outputs, y, mask)` for batches with a mask.
+      data: which batch of the labelled set each meta-step sees, for instance `jm.epochs(256)`, which goes through all of
+        `jm.labelled(images)` before it sees an example again.
+
+    Returns:
+      A meta-learner whose `adapt` returns theta as it is. Its `info` hands the step's batch on to outer optimisers that want it.
+    """
+
+    def curve(key, theta, task):
+        return model.apply(theta.params, task.query.x)[None]
+
+    def grad(key, theta, task, *, meta_step):
+        batch = data.at(key, task.support, meta_step, lambda x: model.apply(theta.params, x))
+
+        def value(learned):
+            outputs = model.apply(learned.params, batch.x)
+            value = evaluate_loss(loss, outputs, batch)
+            return value, {"loss": value, **measure(outputs, batch.y, batch.mask)}
+
+        gradient, info = jax.grad(value, has_aux=True)(theta._replace(memory=()))
+        return theta, gradient, {**info, "batch": batch}
+
+    return MetaLearner(
+        lambda key: Theta(model.init(key)),
+        lambda key, theta, support: theta,
+        lambda phi, x: model.apply(phi.params, x),
+        curve,
+        grad,
+    )
