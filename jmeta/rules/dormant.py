@@ -59,10 +59,10 @@ def renew(model: Model, key: jax.Array, params: Params, chosen: dict[str, jax.Ar
       chosen: `{layer: bool[units]}`.
     """
     fresh, params = model.init(key), dict(params)
-    for name, after in itertools.pairwise(model.layers):
-        here = chosen[name]
+    for name, here in chosen.items():
         params[name] = jax.tree.map(lambda new, old, here=here: jnp.where(here, new, old), fresh[name], params[name])
-        params[after] = _without(params[after], here)
+    for name, after in itertools.pairwise(model.layers):
+        params[after] = _without(params[after], chosen[name])
     return params
 
 
