@@ -13,11 +13,15 @@ from jmeta.core import Task as Task
 from jmeta.core import Tasks as Tasks
 from jmeta.core import Theta as Theta
 from jmeta.core import chain as chain
+from jmeta.evaluate.continual import Continual as Continual
+from jmeta.evaluate.continual import continual as continual
 from jmeta.evaluate.fewshot import Score as Score
 from jmeta.evaluate.fewshot import fewshot as fewshot
 from jmeta.evaluate.search import Candidate as Candidate
 from jmeta.evaluate.search import Search as Search
 from jmeta.evaluate.search import search as search
+from jmeta.evaluate.transfer import Transfer as Transfer
+from jmeta.evaluate.transfer import transfer as transfer
 from jmeta.learners.asb import anml as anml
 from jmeta.learners.asb import asb as asb
 from jmeta.learners.asb import oml as oml

@@ -1,6 +1,7 @@
 """Pictures of a run: its learning curve, its score against inner steps, and one episode with its predictions."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,42 @@ def pareto(points: list, front: list, marks: dict[str, tuple[float, float]], by:
         axes.plot(*place, "*", color=f"C{number}", markersize=12, label=name)
     labels = {"latency": "seconds to adapt to one task", "throughput": "seconds a task, many together"}
     axes.set(xscale="log", xlabel=labels.get(by, "operations"), ylabel="accuracy, 95 % interval")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def matrix(accuracy: np.ndarray, checkpoints: Sequence[int], path: Path) -> None:
+    """Draws the accuracy on each class at each checkpoint as an image, black for 0 and white for 1.
+
+    Args:
+      accuracy: `[checkpoints, classes]`.
+      checkpoints: classes learned at each.
+      path: the PNG to write.
+    """
+    figure, axes = _figure(6, 4)
+    picture = axes.imshow(accuracy, cmap="gray", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    axes.set(xlabel="class, in the order of learning", ylabel="classes learned")
+    axes.set_yticks(range(len(checkpoints)), [str(each) for each in checkpoints])
+    figure.colorbar(picture, label="accuracy")
+    figure.savefig(path, dpi=120)
+
+
+def by_classes(curves: dict[str, tuple[Sequence[int], np.ndarray]], path: Path) -> None:
+    """Draws the accuracy on the classes seen so far against their number, with 95 % bands over draws.
+
+    Args:
+      curves: for each method its checkpoints and the accuracies `[draws, checkpoints]`, as `Continual.running` has them.
+      path: the PNG to write.
+    """
+    figure, axes = _figure(6, 4)
+    for number, (name, (checkpoints, values)) in enumerate(curves.items()):
+        there = ~np.isnan(values).all(0)
+        x, y = np.array(checkpoints)[there], values[:, there]
+        half = 1.96 * y.std(0, ddof=1) / np.sqrt(len(y)) if len(y) > 1 else np.zeros(len(x))
+        axes.plot(x, y.mean(0), color=f"C{number}", label=name)
+        axes.fill_between(x, y.mean(0) - half, y.mean(0) + half, color=f"C{number}", alpha=0.2, linewidth=0)
+    axes.set(xlabel="classes learned", ylabel="accuracy on them, 95 % bands", ylim=(0, 1))
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

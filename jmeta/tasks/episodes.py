@@ -36,16 +36,7 @@ def episodes(images: Images, ways: int, shots: int, queries: int = 15, *, device
     _check(images, ways, shots, queries)
     each = shots + queries
 
-    def choose(key, start, count):
-        key_class, key_image = jax.random.split(key)
-        classes = distinct(key_class, len(images.names), ways)
-
-        def members(key, one):
-            scores = jax.random.uniform(key, (int(images.count.max()),))
-            order = jnp.argsort(jnp.where(jnp.arange(scores.size) < count[one], scores, 2.0))
-            return start[one] + order[:each]
-
-        return jax.vmap(members)(jax.random.split(key_image, ways), classes)
+    most = int(images.count.max())
 
     def split(pixels):
         x = pixels.astype(jnp.float32) / 255
@@ -58,14 +49,36 @@ def episodes(images: Images, ways: int, shots: int, queries: int = 15, *, device
 
     if images.pixels.nbytes <= device_budget:
         data = jax.tree.map(jnp.asarray, (images.pixels, images.start, images.count))
-        return Tasks(lambda key, data: split(data[0][choose(key, *data[1:])]), data)
+        return Tasks(lambda key, data: split(data[0][choose(key, data[1], data[2], ways, each, most)]), data)
 
-    indices = jax.jit(jax.vmap(lambda key: choose(key, jnp.asarray(images.start), jnp.asarray(images.count))))
+    start, count = jnp.asarray(images.start), jnp.asarray(images.count)
+    indices = jax.jit(jax.vmap(lambda key: choose(key, start, count, ways, each, most)))
 
     def stage(keys):
         return images.pixels[np.asarray(indices(keys))]
 
     return Tasks(lambda key, data: split(data), (), stage)
+
+
+def choose(key: jax.Array, start: jax.Array, count: jax.Array, ways: int, each: int, most: int) -> jax.Array:
+    """Draws classes, and images of each without replacement: their places `[ways, each]`.
+
+    Args:
+      key: of the draw.
+      start: place of each class's first image, `[classes]`.
+      count: images of each class, `[classes]`.
+      ways: classes drawn.
+      each: images of a class.
+      most: the largest count.
+    """
+    key_class, key_image = jax.random.split(key)
+
+    def members(key, one):
+        scores = jax.random.uniform(key, (most,))
+        order = jnp.argsort(jnp.where(jnp.arange(most) < count[one], scores, 2.0))
+        return start[one] + order[:each]
+
+    return jax.vmap(members)(jax.random.split(key_image, ways), distinct(key_class, len(start), ways))
 
 
 def distinct(key: jax.Array, total: int, count: int) -> jax.Array:

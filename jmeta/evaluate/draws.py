@@ -1,0 +1,173 @@
+"""What continual and transfer evaluation share: draws of classes and images, a fresh head, a rate chosen in a stage of its own."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jmeta.core import Model, Params
+from jmeta.mesh import check_mesh, count_devices, replicate, spread
+from jmeta.rules.zap import zap_layer
+from jmeta.tasks.episodes import choose
+from jmeta.tasks.images import Images
+
+
+def on_device(images: Images) -> tuple[jax.Array, ...]:
+    """An image set as the draws want it: pixels, the classes' starts and counts, and the numbers below the largest count."""
+    return (*jax.tree.map(jnp.asarray, (images.pixels, images.start, images.count)), jnp.arange(int(images.count.max())))
+
+
+def draw(key: jax.Array, data: Any, classes: int, each: int) -> jax.Array:
+    """Classes in random order and images of them, uint8 `[classes, each, height, width, channels]`."""
+    pixels, start, count, numbers = data
+    return pixels[choose(key, start, count, classes, each, len(numbers))]
+
+
+def begin(
+    model: Model, params: Params, key: jax.Array, pixels: jax.Array, frozen: bool, init: Any
+) -> tuple[Callable[[Params, jax.Array], jax.Array], Params, jax.Array]:
+    """A fresh head, and what learns: the network on images, or the head on features that are computed once.
+
+    Returns:
+      `forward(params, x[N, ...]) -> logits`, its parameters, and the examples `[classes, each, ...]`.
+    """
+    head = model.layers[-1]
+    params = zap_layer(key, params, head, init=init, bias=True)
+    x = pixels.astype(jnp.float32) / 255
+    if not frozen:
+        return model.apply, params, x
+    inputs = model.inputs
+    assert inputs is not None  # `check` saw to it
+    features = jax.lax.map(lambda images: inputs(params, images)[head], x)
+
+    def forward(layer, features):
+        return features @ layer["kernel"] + layer.get("bias", 0)
+
+    return forward, params[head], features
+
+
+def right(forward: Callable, params: Params, examples: jax.Array) -> jax.Array:
+    """Whether each of the examples `[classes, each, ...]` is told as its class: float32 `[classes, each]`."""
+
+    def of_class(label_and_x):
+        label, x = label_and_x
+        return (forward(params, x).argmax(-1) == label).astype(jnp.float32)
+
+    return jax.lax.map(of_class, (jnp.arange(len(examples)), examples))
+
+
+def two_stages(
+    key: jax.Array,
+    run: Callable,
+    shared: Any,
+    rates: Sequence[float],
+    draws: int,
+    select: int,
+    judge: Callable[[Any], np.ndarray],
+    together: int,
+    mesh: Mesh | None,
+) -> tuple[Any, float, dict[float, tuple[float, float]]]:
+    """Every rate on `select` draws; then the best alone on fresh draws.
+
+    Args:
+      key: of all draws.
+      run: `(shared, key, rate) -> result`.
+      shared: what all runs read.
+      rates: to choose from; with a single one the first stage is left out.
+      draws: of the second stage.
+      select: of the first.
+      judge: the scores `[runs]` of results with a leading axis of runs; higher is better.
+      together: runs vmapped together on a device.
+      mesh: devices that runs are spread over.
+
+    Returns:
+      The results of the second stage, the rate, and for each rate its mean score in the first stage and its 95 % interval.
+    """
+    check_mesh(mesh)
+    program = functools.partial(_runs, run, together, mesh, replicate(shared, mesh))
+    first, second = jax.random.split(key)
+    tried, rate = {}, rates[0]
+    if len(rates) > 1:
+        keys = jnp.tile(jax.random.split(first, select), len(rates))
+        scores = judge(_padded(program, keys, jnp.repeat(jnp.array(rates), select), count_devices(mesh)))
+        by_rate = np.nan_to_num(np.asarray(scores, np.float64)).reshape(len(rates), select)
+        tried = {rate: interval(own) for rate, own in zip(rates, by_rate, strict=True)}
+        rate = max(tried, key=lambda each: tried[each][0])
+    found = _padded(program, jax.random.split(second, draws), jnp.full(draws, rate), count_devices(mesh))
+    return found, rate, tried
+
+
+@functools.partial(jax.jit, static_argnums=range(3))
+def _runs(run, together, mesh, shared, keys, rates):
+    def some(shared, keys, rates):
+        size = together if together > 1 else None
+        return jax.lax.map(lambda each: run(shared, *each), (keys, rates), batch_size=size)
+
+    return spread(some, mesh, (False, True, True), mean=False)(shared, keys, rates)
+
+
+def _padded(program: Callable, keys: jax.Array, rates: jax.Array, devices: int) -> Any:
+    """Equal shares for the devices, some runs done twice if need be; the results on the host."""
+    places = np.arange(-(-len(keys) // devices) * devices) % len(keys)
+    found = program(keys[places], rates[places])
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[: len(keys)], found)
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """Mean and half width of its 95 % interval, 1.96 standard errors; NaN of a single value."""
+    half = 1.96 * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
+    return float(values.mean()), float(half)
+
+
+def chosen(rate: float, tried: dict[float, tuple[float, float]]) -> str:
+    """What is said of a rate beside a figure."""
+    if not tried:
+        return f"rate {rate:g}"
+    edge = "" if min(tried) < rate < max(tried) else ", at the edge of what was tried"
+    return f"rate {rate:g} of {len(tried)}{edge}"
+
+
+def check(
+    name: str,
+    model: Model,
+    params: Params,
+    images: Images,
+    classes: int,
+    shots: int,
+    queries: int,
+    rates: Sequence[float],
+    draws: int,
+    select: int,
+) -> None:
+    """Refuses, before any work, what could not be measured.
+
+    Raises:
+      ValueError: as `continual` says.
+    """
+    for argument, value in {"classes": classes, "shots": shots, "queries": queries, "draws": draws, "select": select}.items():
+        if value < 1:
+            raise ValueError(f"{name}: {argument} must be at least 1, got {value}.")
+    if not rates or not all(rate > 0 for rate in rates):
+        raise ValueError(f"{name}: rates must be numbers above 0, got {tuple(rates)}.")
+    if classes > len(images.names):
+        raise ValueError(f"{name}: classes is {classes}, but the image set has {len(images.names)}. Usual cause: another split.")
+    fewest = int(np.argmin(images.count))
+    if shots + queries > images.count[fewest]:
+        raise ValueError(
+            f"{name}: shots + queries is {shots} + {queries}, but class {images.names[fewest]!r} has {images.count[fewest]} images."
+        )
+    if not model.layers or model.inputs is None:
+        raise ValueError(f"{name}: the model does not tell its layers and what comes into them; use from_linen or a built-in one.")
+    x = jnp.asarray(images.pixels[:2], jnp.float32) / 255
+    both, alone = model.apply(params, x), model.apply(params, x[:1])
+    if both.shape[-1] < classes:
+        raise ValueError(
+            f"{name}: the head has {both.shape[-1]} outputs, too few for {classes} classes. Usual cause: a network trained on "
+            "episodes; train one with an output for each class."
+        )
+    if float(jnp.abs(both[:1] - alone).max()) > 1e-3 * float(jnp.abs(both).max()):
+        raise ValueError(f"{name}: the model's predictions depend on each other; train with norm='instance', 'group' or 'layer'.")

@@ -1,0 +1,134 @@
+"""Sequential and standard transfer, against loops by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jmeta as jm
+from jmeta import plot
+from jmeta.evaluate import draws as drawing
+
+NET = jm.mlp(6, hidden=(8,), shape=(12,))
+HOW = {"classes": 4, "shots": 3, "queries": 2}
+
+
+def _images(noise=40):
+    rng = np.random.default_rng(0)
+    kinds = rng.integers(0, 200, (5, 1, 3, 4))
+    pixels = np.clip(kinds + rng.integers(0, noise, (5, 6, 3, 4)), 0, 255).astype(np.uint8)
+    return jm.from_arrays(pixels.reshape(-1, 3, 4), np.repeat(np.arange(5), 6))
+
+
+def _theta(key):
+    return jm.Theta(NET.init(key))
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_the_matrix_is_that_of_a_loop_over_images(key, frozen):
+    """With features frozen, that of a linear head over stored features."""
+    images, theta = _images(), _theta(key)
+    found = jm.continual(
+        key, NET, jm.xent, theta, images, optax.sgd, **HOW, frozen=frozen, rates=[0.5], draws=2, checkpoints=[0, 1, 4]
+    )
+    data, second = drawing.on_device(images), jax.random.split(jax.random.split(key)[1], 2)
+    for number, own in enumerate(second):
+        key_draw, key_head = jax.random.split(own)
+        x = drawing.draw(key_draw, data, 4, 5).astype(jnp.float32).reshape(4, 5, 12) / 255
+        params = jm.zap_layer(key_head, theta.params, "head", bias=True)
+        if frozen:
+            body = params["layer1"]["dense"]
+            x, params = jax.nn.relu(x @ body["kernel"] + body["bias"]), params["head"]
+
+        def apply(params, x):
+            return x @ params["kernel"] + params["bias"] if frozen else NET.apply(params, x)
+
+        rows = []
+        for label in range(5):
+            if label in (0, 1, 4):
+                rows.append([float((apply(params, x[j, 3:]).argmax(-1) == j).mean()) for j in range(4)])
+            for place in range(3 if label < 4 else 0):
+                gradient = jax.grad(lambda p, one, y: jm.xent(apply(p, one), y))(params, x[label, place][None], jnp.array([label]))
+                params = jax.tree.map(lambda p, g: p - 0.5 * g, params, gradient)
+        np.testing.assert_allclose(found.matrix[number], rows, atol=1e-6)
+    assert found.matrix.shape == (2, 3, 4) and found.rate == 0.5 and found.tried == {}
+
+
+def test_the_rate_is_chosen_on_draws_of_its_own(key):
+    images, theta = _images(), _theta(key)
+    rates = [1e-6, 0.03, 0.3]
+    found = jm.continual(key, NET, jm.xent, theta, images, **HOW, frozen=True, rates=rates, draws=3, select=4)
+    assert list(found.tried) == rates and found.rate == max(rates, key=lambda rate: found.tried[rate][0]) != 1e-6
+    alone = jm.continual(key, NET, jm.xent, theta, images, **HOW, frozen=True, rates=[found.rate], draws=3)
+    np.testing.assert_array_equal(alone.matrix, found.matrix)
+    first = jm.continual(jax.random.key(5), NET, jm.xent, theta, images, **HOW, frozen=True, rates=[found.rate], draws=3)
+    assert (first.matrix != found.matrix).any()
+    assert drawing.chosen(0.03, found.tried) == "rate 0.03 of 3"
+    assert drawing.chosen(0.3, found.tried) == "rate 0.3 of 3, at the edge of what was tried"
+
+
+def test_devices_and_chunks_change_nothing(key):
+    images, theta = _images(), _theta(key)
+
+    def run(**how):
+        return jm.continual(key, NET, jm.xent, theta, images, **HOW, rates=[0.01, 0.03], draws=3, **how)
+
+    one, two, many = run(), run(mesh=jm.task_mesh(2)), run(chunk=2)
+    for other in (two, many):
+        np.testing.assert_allclose(other.matrix, one.matrix, atol=1e-6)
+        assert other.rate == one.rate
+
+
+def test_figures_of_a_matrix_by_hand(tmp_path):
+    matrix = np.array([[[0.1, 0.2, 0.3], [1.0, 0.2, 0.1], [0.6, 0.9, 0.3], [0.5, 0.4, 1.0]]] * 2)
+    found = jm.Continual(matrix, matrix, (0, 1, 2, 3), 1e-3, {})
+    assert found.final == pytest.approx((1.9 / 3, 0))
+    np.testing.assert_allclose(found.running[0], [np.nan, 1.0, 0.75, 1.9 / 3])
+    assert found.forgetting == pytest.approx(((0.5 + 0.5 + 0) / 3, 0))
+    assert found.backward == pytest.approx(((-0.5 - 0.5) / 2, 0))
+    assert found.forward == pytest.approx((((0.2 - 0.2) + (0.1 - 0.3) + (0.3 - 0.3)) / 3, 0))
+    assert np.isnan(found._replace(matrix=matrix[:, 1:], checkpoints=(1, 2, 3)).forward[0])
+    assert found.plot(tmp_path / "matrix.png").stat().st_size > 1000
+    plot.by_classes({"a": (found.checkpoints, found.running)}, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("method", ["finetune", "probe", "least_squares"])
+def test_transfer_learns_classes_apart(key, method):
+    images, theta = _images(noise=5), _theta(key)
+    found = jm.transfer(key, NET, jm.xent, theta, images, **HOW, method=method, epochs=30, size=5, rates=[1e-6, 0.03], draws=3)
+    assert found.accuracy.shape == (3,) and found.accuracy.mean() > 0.8
+    assert np.isnan(found.rate) if method == "least_squares" else found.rate == 0.03
+
+
+def test_least_squares_is_the_solution(key):
+    images, theta = _images(), _theta(key)
+    found = jm.transfer(key, NET, jm.xent, theta, images, **HOW, method="least_squares", draws=2, ridge=1e-6)
+    own = jax.random.split(jax.random.split(key)[1], 2)[0]
+    x = drawing.draw(jax.random.split(own)[0], drawing.on_device(images), 4, 5).reshape(4, 5, 12) / 255
+    h = np.asarray(jax.nn.relu(x @ theta.params["layer1"]["dense"]["kernel"] + theta.params["layer1"]["dense"]["bias"]), float)
+    h = np.concatenate([h, np.ones((4, 5, 1))], -1)
+    weights = np.linalg.lstsq(h[:, :3].reshape(12, -1), np.repeat(np.eye(4), 3, 0), rcond=None)[0]
+    expected = ((h[:, 3:] @ weights).argmax(-1) == np.arange(4)[:, None]).mean()
+    assert found.accuracy[0] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"classes": 6}, "classes is 6, but the image set has 5"),
+        ({"shots": 5}, "shots . queries is 5 . 2, but class .* has 6 images"),
+        ({"model": jm.mlp(3, hidden=(8,), shape=(12,))}, "head has 3 outputs, too few for 4 classes"),
+        ({"model": jm.mlp(6, hidden=(8,), shape=(12,), norm="batch")}, "predictions depend on each other"),
+        ({"rates": []}, "rates must be numbers above 0"),
+        ({"draws": 0}, "draws must be at least 1"),
+        ({"checkpoints": [2, 1]}, "checkpoints must rise"),
+        ({"model": jm.Model(NET.init, NET.apply)}, "does not tell its layers"),
+    ],
+)
+def test_bad_input_is_named(key, change, says):
+    change = {**HOW, **change}
+    model = change.pop("model", NET)
+    with pytest.raises(ValueError, match=says):
+        jm.continual(key, model, jm.xent, jm.Theta(model.init(key)), _images(), **change)
