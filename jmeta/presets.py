@@ -23,7 +23,7 @@ from jmeta.learners.maml import anil, boil, maml
 from jmeta.models.adapters import mixed
 from jmeta.models.backbones import conv4, mlp
 from jmeta.models.layers import Norm
-from jmeta.rules.patterns import Pattern, pattern
+from jmeta.rules.patterns import Pattern, is_traced, pattern
 from jmeta.rules.scale import lambda_mask, learned_rates, sparse
 from jmeta.tasks.episodes import episodes
 from jmeta.tasks.feeds import repeat
@@ -176,7 +176,7 @@ def make_masked(config: Config, steps: int | None, masked: Pattern | None) -> Me
       ValueError: the method is a pattern itself.
     """
     model, data = make_model(config), repeat(config.inner_steps if steps is None else steps)
-    if masked is not None and data.steps and isinstance(masked.rows, tuple) and not any(map(any, masked.rows[: data.steps])):
+    if masked is not None and data.steps and not is_traced(masked.rows) and not any(map(any, masked.rows[: data.steps])):
         raise ValueError(f"pattern: {masked} updates nothing within {data.steps} inner steps, so no task would be learned.")
     if masked is not None and config.method in ("anil", "boil"):
         raise ValueError(f"pattern: method {config.method} is a pattern itself; use method maml with pattern head or body.")

@@ -124,17 +124,17 @@ def first_task(trial: Trial) -> Task:
     return trial.tasks.sample(jax.random.split(own[0])[0], data)
 
 
-@functools.partial(jax.jit, static_argnums=range(6))
-def _scores(make_learner, layers, sample, metric, together, mesh, theta, data, rows, keys, staged):
-    """The metric of each episode and pattern, `[len(keys), len(rows)]`."""
+@functools.partial(jax.jit, static_argnums=range(7))
+def _scores(make_learner, layers, lowest, sample, metric, together, mesh, theta, data, rows, keys, staged):
+    """The metric of each episode and pattern, `[len(keys), len(rows)]`; layers before the `lowest` stand still in all of them."""
 
     def one(theta, data, rows, key, own):
         key_task, key_learn = jax.random.split(key)
         task = sample(key_task, data if staged is None else own)
         extra = () if task.query.mask is None else (task.query.mask,)
 
-        def score(row):
-            learner = make_learner(Pattern(row, layers))
+        def score(pattern):
+            learner = make_learner(Pattern(tuple((0,) * lowest + tuple(row[lowest:]) for row in pattern), layers))
             phi = learner.adapt(key_learn, theta, task.support)
             return metric(learner.predict(phi, task.query.x), task.query.y, *extra)
 
@@ -152,21 +152,38 @@ def score(trial: Trial, wanted: Sequence[Pattern], kept: Kept) -> None:
     if not wanted:
         return
     keys, together = episode_keys(trial.key, trial.episodes, count_devices(trial.mesh)), default_chunk(trial.theta.params, TOGETHER)
-    program = functools.partial(
-        _scores, trial.make_learner, wanted[0].layers, trial.tasks.sample, trial.metric, together, trial.mesh
-    )
-    program = functools.partial(program, *replicate((trial.theta, trial.tasks.data), trial.mesh))
-    groups = [wanted[first : first + TOGETHER] for first in range(0, len(wanted), TOGETHER)]
+    theta, data = replicate((trial.theta, trial.tasks.data), trial.mesh)
+    groups = _groups(wanted)
     with bar(len(groups) * len(keys), 0, trial.progress) as (advance, _):
-        for number, group in enumerate(groups):
-            rows = jnp.array([each.rows for each in (group * TOGETHER)[:TOGETHER]], jnp.float32)  # of one shape: one program
+        for number, (lowest, size, group) in enumerate(groups):
+            program = functools.partial(
+                _scores, trial.make_learner, group[0].layers, lowest, trial.tasks.sample, trial.metric, together, trial.mesh
+            )
+            rows = replicate(jnp.array([each.rows for each in (group * size)[:size]], jnp.float32), trial.mesh)
             parts = []
             for part, staged in ahead(trial.tasks, keys):
-                parts.append(np.asarray(program(replicate(rows, trial.mesh), part, staged)))
+                parts.append(np.asarray(program(theta, data, rows, part, staged)))
                 advance(number * len(keys) + len(parts), {})
             values = np.concatenate(parts)[: trial.episodes].astype(np.float64)
             kept.scores.update(zip(group, values.T, strict=False))
             kept.write()
+
+
+def _groups(wanted: Sequence[Pattern]) -> list[tuple[int, int, list[Pattern]]]:
+    """Patterns that are scored by one call: their lowest layer that ever moves, the size of such groups, and they themselves.
+
+    What stands still below that layer is left out of the program; groups of one layer have one size, and so one program.
+    """
+    by_lowest: dict[int, list[Pattern]] = {}
+    for each in wanted:
+        by_lowest.setdefault(min(row.index(True) for row in (tuple(map(bool, row)) for row in each.rows) if any(row)), []).append(
+            each
+        )
+    groups = []
+    for lowest, own in by_lowest.items():
+        size = -(-len(own) // -(-len(own) // TOGETHER))
+        groups += [(lowest, size, own[first : first + size]) for first in range(0, len(own), size)]
+    return groups
 
 
 def count(trial: Trial, wanted: Sequence[Pattern], kept: Kept) -> None:

@@ -123,10 +123,10 @@ def static_rows(name: str, rows: Any, layers: Sequence[str] | None) -> tuple[tup
     Raises:
       TypeError, ValueError: they are traced, or not of that shape.
     """
-    if isinstance(rows, Tracer) or any(isinstance(each, Tracer) for row in _iterated(rows) for each in (row, *_iterated(row))):
+    if is_traced(rows):
         raise TypeError(
             f"{name}: the pattern's numbers must be known before a program is traced, got a tracer. Usual cause: a pattern that "
-            "is an argument of a jitted or vmapped function; lambda_mask alone takes such a one, as one array."
+            "is an argument of a jitted or vmapped function; lambda_mask alone takes such a one."
         )
     array: Any
     try:
@@ -141,6 +141,11 @@ def static_rows(name: str, rows: Any, layers: Sequence[str] | None) -> tuple[tup
     if not np.isfinite(array).all():
         raise ValueError(f"{name}: the pattern's numbers must be finite, got {array.tolist()}.")
     return tuple(tuple(int(each) if each == int(each) else each for each in row) for row in array.tolist())
+
+
+def is_traced(rows: Any) -> bool:
+    """Whether a pattern's numbers, or some of them, are known to the running program alone."""
+    return isinstance(rows, Tracer) or any(isinstance(each, Tracer) for row in _iterated(rows) for each in (row, *_iterated(row)))
 
 
 def _iterated(value: Any) -> Sequence[Any]:

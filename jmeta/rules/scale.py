@@ -25,7 +25,7 @@ import optax
 from jax.core import Tracer
 
 from jmeta.core import Rule, chain, memoise
-from jmeta.rules.patterns import Pattern, checked, static_rows
+from jmeta.rules.patterns import Pattern, checked, is_traced, static_rows
 
 
 @memoise
@@ -131,7 +131,7 @@ def lambda_mask(
     Args:
       pattern: a `Pattern`, or numbers `[steps, layers]`: 0 leaves a layer, 1 adapts it, another number scales its update. Steps
         beyond the last row repeat it. Numbers that are traced (an argument under `jit` or `vmap`) give the same results but save
-        no work.
+        no work; in rows of tuples, columns of plain zeros still do.
       optimizer: how the layers are adapted. The resets and gates of a rule are not masked.
       labels: the top-level names of the parameters that the columns stand for. If None those of the pattern, or the model's.
 
@@ -150,14 +150,27 @@ def lambda_mask(
     """
     rows = pattern.rows if isinstance(pattern, Pattern) else pattern
     names = labels or (pattern.layers if isinstance(pattern, Pattern) else None)
-    if isinstance(rows, Tracer):
-        rows = jnp.asarray(rows)
-        if rows.ndim != 2 or (names and rows.shape[1] != len(names)):
-            raise ValueError(f"lambda_mask: the pattern must have shape [steps, layers], got shape {list(rows.shape)}.")
+    if is_traced(rows):
+        values = jnp.asarray(rows)
+        if values.ndim != 2 or (names and values.shape[1] != len(names)):
+            raise ValueError(f"lambda_mask: the pattern must have shape [steps, layers], got shape {list(values.shape)}.")
+        known = (True,) * values.shape[1] if isinstance(rows, Tracer) else (_moves(column) for column in zip(*rows, strict=True))
+        rows = _Traced(values, tuple(known))
     else:
         rows = static_rows("lambda_mask", rows, names)
         checked("lambda_mask", Pattern(rows, tuple(names or ())))
     return _masked_chain(rows, optimizer, None if names is None else tuple(names))
+
+
+class _Traced(NamedTuple):
+    """Numbers `[steps, layers]` that are known to the running program alone, and which columns may be other than 0."""
+
+    values: jax.Array
+    moves: tuple[bool, ...]
+
+
+def _moves(column: Sequence[Any]) -> bool:
+    return any(not isinstance(each, int | float) or each != 0 for each in column)
 
 
 @memoise
@@ -169,7 +182,7 @@ def _masked_chain(rows: Any, optimizer: Rule | optax.GradientTransformation, nam
         raise ValueError(
             "lambda_mask: optimizer has no update. Usual cause: a rule that only resets or gates; chain it with optax.sgd."
         )
-    mask: Any = _traced if isinstance(rows, jax.Array) else _static
+    mask: Any = _traced if isinstance(rows, _Traced) else _static
     return chain(
         *(mask(part, rows, names, number == moving[-1]) if number in moving else part for number, part in enumerate(parts))
     )
@@ -219,16 +232,21 @@ class _TracedUpdate(NamedTuple):
     """
 
     part: Rule
-    rows: jax.Array
+    rows: _Traced
     names: tuple[str, ...] | None
     last: bool
 
     def __call__(self, updates, state, params=None, *, step=0, **context):
-        row = self.rows[jnp.minimum(step, self.rows.shape[0] - 1)]
+        values, moves = self.rows
+        row = values[jnp.minimum(step, values.shape[0] - 1)]
         layers = _columns(self.names or context.get("layers"), len(row), updates, context.get("layers"))
-        given = {name: _where(value != 0, updates[name], _zeros(updates[name])) for name, value in zip(layers, row, strict=True)}
-        new, states = {}, []
-        for name, value, own in zip(layers, row, state, strict=True):
+        given = _zeros(updates)
+        given |= {name: _where(v != 0, updates[name], given[name]) for name, v, may in zip(layers, row, moves, strict=True) if may}
+        new, states = _zeros(updates), []
+        for name, value, own, may in zip(layers, row, state, moves, strict=True):
+            if not may:
+                states.append(own)
+                continue
             moved: Any
             moved, changed = self.part.update.update(given, own, params, step=step, **context)
             scaled = _times(value, moved[name]) if self.last else moved[name]
@@ -237,9 +255,9 @@ class _TracedUpdate(NamedTuple):
         return new, tuple(states)
 
 
-def _traced(part: Rule, rows: jax.Array, names: tuple[str, ...] | None, last: bool) -> Rule:
+def _traced(part: Rule, rows: _Traced, names: tuple[str, ...] | None, last: bool) -> Rule:
     def init(params):
-        return (part.update.init(params),) * rows.shape[1]
+        return tuple(part.update.init(params) if may else () for may in rows.moves)
 
     return part._replace(update=optax.GradientTransformationExtraArgs(init, _TracedUpdate(part, rows, names, last)))
 

@@ -92,6 +92,22 @@ def test_static_and_traced_patterns_agree_and_frozen_layers_are_bit_identical(ke
             assert _equal(result[0][name], params[name]) != any(column)
 
 
+def test_columns_of_plain_zeros_beside_traced_numbers_cost_nothing(key):
+    """As a search scores its patterns: what no pattern of a group moves is not in the program."""
+    optimiser, rows = OPTIMISERS["adam"], jnp.array([[1.0, 0], [0, 1.0]])
+    theta, support = _learner(optimiser).init(key), toys.blobs().sample(key, ()).support
+
+    def adapt(rows, moving):
+        partly = tuple((0,) * (3 - moving) + tuple(row[-moving:]) for row in jnp.pad(rows, ((0, 0), (1, 0))))
+        return _learner(jm.lambda_mask(partly, optimiser)).adapt(key, theta, support).params
+
+    known = _learner(jm.lambda_mask([[0, 1, 0], [0, 0, 1]], optimiser)).adapt(key, theta, support).params
+    chex.assert_trees_all_close(jax.jit(lambda rows: adapt(rows, 2))(rows), known, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_equal(jax.jit(lambda rows: adapt(rows, 2))(rows)["layer1"], theta.params["layer1"])
+    fewer, more = (operations(lambda rows, moving=moving: adapt(rows, moving), rows) for moving in (2, 3))
+    assert fewer < 0.9 * more
+
+
 def test_real_numbers_scale_the_update(key):
     half = _learner(jm.lambda_mask([[0.5, 0.5, 0.5]], optax.sgd(0.1)))
     chex.assert_trees_all_equal(_all(key, half), _all(key, _learner(optax.sgd(0.05))))
