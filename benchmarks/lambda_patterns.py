@@ -4,11 +4,10 @@
     python benchmarks/lambda_patterns.py caltech-5w5s --seeds 0 --steps 2000 --source caltech101_84_31each.npz
 
 For each seed: 5-step MAML is trained, the fastest pattern within a point of the full one is searched on 300 validation episodes
-(among those of at most a third of its operations, since the paper's claim is a third of its time),
-and then measured on 1,000 episodes of test classes beside the full pattern, ANIL's head alone, random patterns of about the same
-cost, and, for Omniglot, on photographs in grey at 28 pixels. Then, again for each seed, the same for a single step of adaptation,
-on that theta and after meta-training under the pattern. All comparisons are paired: the same episodes. Runs, scores and results are
-kept and gone on with.
+(among those of at most a third of its operations, since the paper's claim is a third of its time), and then measured on 1,000
+episodes of test classes beside the full pattern, ANIL's head alone, random patterns of about the same cost, and, for Omniglot, on
+photographs in grey at 28 pixels. Then, again for each seed, the same for a single step of adaptation, on that theta and after
+meta-training under the pattern. All comparisons are paired: the same episodes. Runs, scores and results are kept and gone on with.
 
 References:
   Khabarlak, Faster Optimization-Based Meta-Learning Adaptation Phase, 2022 (https://arxiv.org/abs/2206.05930).

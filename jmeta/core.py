@@ -94,11 +94,14 @@ class Tasks(NamedTuple):
       data: arrays that `sample` reads, an argument of the compiled step and never a constant in it.
       stage: None where `data` lives on the device. Otherwise `(keys[n]) -> data[n, ...]` on the host, which gathers
         for each key the part of the data that `sample` needs for it.
+      classes: labels are below it, where each class of an image set keeps its number and so needs an output of its own; None where
+        labels are those of an episode.
     """
 
     sample: Callable[[Array, Any], Task]
     data: Any = ()
     stage: Callable[[Array], Any] | None = None
+    classes: int | None = None
 
 
 class Data(NamedTuple):

@@ -250,7 +250,7 @@ def fit(
       A `Fit`.
 
     Raises:
-      ValueError: an argument does not fit; or a batch above 1 for a learner whose base depends on the task.
+      ValueError: an argument does not fit; a batch above 1 for a learner whose base depends on the task; a head that is too small.
       FileExistsError: workdir holds something and `resume` was not asked for.
       FloatingPointError: the loss or its gradient is no longer finite; the message says at which step and what is saved.
       KeyboardInterrupt, SystemExit: the run was interrupted, and saved if it has a workdir.
@@ -261,6 +261,7 @@ def fit(
     if workdir is not None:
         checkpoint.check_workdir(workdir, resume)
     start_theta: Theta = learner.init(key) if theta is None else theta
+    _check_outputs(learner, tasks, start_theta)
     if chunk is None:
         share = batch // count_devices(mesh)
         chunk = math.gcd(checkpoint.kept(workdir, resume, "chunk") or default_chunk(start_theta.params, share), share)
@@ -279,6 +280,21 @@ def fit(
         checkpoint.keep_config(folder, config)
     with log.reporter(folder, steps, start.step, progress) as report, _signals(folder is not None) as received:
         return _loop(dispatch, key, shared, start, plan, report, folder, received)
+
+
+def _check_outputs(learner: MetaLearner, tasks: Tasks, theta: Theta) -> None:
+    """Refuses a head with fewer outputs than the tasks have classes."""
+    if tasks.classes is None:
+        return
+    key = jax.random.key(0)
+    task = jax.eval_shape(tasks.sample, key, tasks.data)
+    one = jax.ShapeDtypeStruct((1, *task.query.x.shape[1:]), jnp.float32)
+    outputs = jax.eval_shape(lambda support, x: learner.predict(learner.adapt(key, theta, support), x), task.support, one)
+    if outputs.shape[-1] < tasks.classes:
+        raise ValueError(
+            f"fit: the tasks have {tasks.classes} classes, but the model's head has {outputs.shape[-1]} outputs, too few. Usual "
+            "cause: classes that were rotated, or a network made for episodes."
+        )
 
 
 class _Plan(NamedTuple):

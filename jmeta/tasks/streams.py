@@ -48,7 +48,7 @@ def streams(images: Images, shots: int = 20, remember: int = 64) -> Tasks:
         whole = Batch(pixels[chosen].astype(jnp.float32) / 255, labels[chosen])
         return Task(jax.tree.map(lambda leaf: leaf[:shots], whole), whole)
 
-    return Tasks(sample, data)
+    return Tasks(sample, data, classes=len(images.names))
 
 
 def labelled(images: Images) -> Tasks:
@@ -58,7 +58,7 @@ def labelled(images: Images) -> Tasks:
       Tasks whose support and query set are the whole set, x uint8 `[N, height, width, channels]` and y int32 `[N]`.
     """
     whole = Batch(jnp.asarray(images.pixels), jnp.asarray(labels_of(images)))
-    return Tasks(lambda key, data: Task(data, data), whole)
+    return Tasks(lambda key, data: Task(data, data), whole, classes=len(images.names))
 
 
 def labels_of(images: Images) -> np.ndarray:

@@ -110,6 +110,10 @@ def test_fit_trains_on_streams_one_task_at_a_time(key):
     start = learner.init(key)
     fit = jm.fit(key, learner, tasks, optax.adam(1e-2), 30, 1, theta=start, progress=False)
     assert fit.history["loss"][-5:].mean() < fit.history["loss"][:5].mean()
+    more = jm.from_arrays(rng.integers(0, 256, (12, 2, 3), np.uint8), np.arange(12) // 3)
+    for learns, wide in ((learner, jm.streams(more)), (jm.supervised(NET, jm.xent, jm.epochs(4)), jm.labelled(more))):
+        with pytest.raises(ValueError, match="tasks have 4 classes, but the model's head has 3 outputs, too few"):
+            jm.fit(key, learns, wide, optax.adam(1e-2), 1, 1, progress=False)
     with pytest.raises(ValueError, match="meta-batch must be 1"):
         jm.fit(key, learner, tasks, optax.adam(1e-2), 2, 2, progress=False)
     whole = jm.supervised(NET, jm.xent, jm.epochs(4))
