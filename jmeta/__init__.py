@@ -78,6 +78,7 @@ from jmeta.tasks.images import invert as invert
 from jmeta.tasks.images import read_picture as read_picture
 from jmeta.tasks.images import rotations as rotations
 from jmeta.tasks.images import split_classes as split_classes
+from jmeta.tasks.images import split_images as split_images
 from jmeta.tasks.images import take_classes as take_classes
 from jmeta.tasks.omniglot import omniglot as omniglot
 from jmeta.tasks.sinusoid import sinusoid as sinusoid

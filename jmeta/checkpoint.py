@@ -190,8 +190,24 @@ def write(folder: Path, snapshot: Snapshot) -> None:
 
     with _manager(folder) as manager:
         if snapshot.step not in manager.all_steps():
-            leaves = {name: np.asarray(leaf) for name, leaf in _leaves(snapshot).items()}
+            leaves = {name: np.asarray(_bits(leaf)) for name, leaf in _leaves(snapshot).items()}
             manager.save(snapshot.step, args=ocp.args.StandardSave(leaves))
+
+
+def _is_key(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _bits(leaf: Any) -> Any:
+    """What is kept of a leaf: of a typed key its numbers."""
+    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+
+def _as(leaf: Any, stored: Any) -> Any:
+    """What was kept, as the kind of array that the leaf is."""
+    if _is_key(leaf):
+        return jax.random.wrap_key_data(jnp.asarray(stored), impl=jax.random.key_impl(leaf))
+    return np.asarray(stored, leaf.dtype if hasattr(leaf, "dtype") else None)
 
 
 def latest(folder: Path) -> int | None:
@@ -227,10 +243,10 @@ def _fit_into(like: Any, stored: dict[str, Any], folder: Path) -> Any:
         where = "misses" if odd in wanted else "has, unlike the learner,"
         raise ValueError(f"checkpoint: {folder} {where} {odd}. {cause}")
     for name, leaf in wanted.items():
-        found, expected = jnp.shape(stored[name]), jnp.shape(leaf)
+        found, expected = jnp.shape(stored[name]), jnp.shape(jax.eval_shape(_bits, leaf))
         if found != expected:
             raise ValueError(f"checkpoint: {folder} has {name} of shape {found}, the learner expects {expected}. {cause}")
-    leaves = [np.asarray(stored[name], leaf.dtype if hasattr(leaf, "dtype") else None) for name, leaf in wanted.items()]
+    leaves = [_as(leaf, stored[name]) for name, leaf in wanted.items()]
     restored = jax.tree.unflatten(jax.tree.structure(like), leaves)
     return restored._replace(step=int(restored.step), score=float(restored.score)) if isinstance(like, Snapshot) else restored
 

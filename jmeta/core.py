@@ -297,8 +297,8 @@ class MetaLearner(NamedTuple):
       curve: `(key, theta, task) -> y[steps + 1, N, ...]`, query outputs after 0..steps inner steps.
       grad: `(key, theta, task, *, meta_step) -> (base, gradient, info)`: the trainer steps from `base` along the mean
         `gradient` (a `Theta` without memory). `base` is `theta` itself where it does not depend on the task; where it does,
-        only a meta-batch of 1 makes sense and `fit` refuses more. `info` holds scalars to log, at least `loss`; what else it
-        holds is handed to the outer optimiser alone.
+        only a meta-batch of 1 makes sense and `fit` refuses more. `info` holds scalars to log, at least `loss`; a `batch`
+        among them is handed to the outer optimiser alone.
     """
 
     init: Callable[[Array], Any]
@@ -428,12 +428,25 @@ def _inner_step(forward: Callable, loss: Callable, rule: Rule, data: Data, order
 
 
 def cleared(optimizer: optax.GradientTransformation, state: Any, before: Params, after: Params) -> Any:
-    """An optimiser's state with 0 in place of what it remembers of parameters that a reset changed."""
+    """An optimiser's state with 0 in place of what it remembers of parameters that a reset changed.
+
+    Raises:
+      ValueError: the optimiser does not tell which parts of its state belong to parameters.
+    """
+
+    def masked(value):
+        return isinstance(value, optax.MaskedNode)
 
     def clear(slot, old, new):
-        return jnp.where(old != new, jnp.zeros_like(slot), slot)
+        return slot if masked(slot) else jnp.where(old != new, jnp.zeros_like(slot), slot)
 
-    return optax.tree.map_params(optimizer, clear, state, before, after)
+    try:
+        return optax.tree.map_params(optimizer, clear, state, before, after, is_leaf=masked)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"slots: what the optimiser remembers of the parameters that were reset cannot be told apart ({error}). Usual cause: "
+            "optax.partition, or a rule for some layers alone, whose start looks into the parameters; use slots='keep'."
+        ) from error
 
 
 def _carried(state: Any, fresh: Any) -> Any:

@@ -80,8 +80,8 @@ def _learned(theta: Theta) -> Theta:
 
 
 def _scalars(info: dict[str, Any]) -> dict[str, jax.Array]:
-    """What is logged; the rest is for the outer optimiser alone."""
-    return {name: value for name, value in info.items() if isinstance(value, jax.Array) and value.ndim == 0}
+    """What is logged; the step's batch is for the outer optimiser alone."""
+    return {name: value for name, value in info.items() if name != "batch"}
 
 
 def _mean_over_tasks(leaf: jax.Array) -> jax.Array:
@@ -113,7 +113,7 @@ def batch_gradient(learner: MetaLearner, sample: Callable, batch: int, chunk: in
                 f"fit: batch is {batch}, but this learner steps from a base that depends on the task (ASB, Meta-ASB), so the "
                 "meta-batch must be 1."
             )
-        if batch > 1 and set(info) != set(_scalars(info)):
+        if batch > 1 and "batch" in info:
             raise ValueError(f"fit: batch is {batch}, but this learner draws its own examples at each meta-step; batch must be 1.")
         return (base if batch == 1 else base.memory), gradient, info
 
@@ -284,7 +284,7 @@ def fit(
 
 def _check_outputs(learner: MetaLearner, tasks: Tasks, theta: Theta) -> None:
     """Refuses a head with fewer outputs than the tasks have classes."""
-    if tasks.classes is None:
+    if tasks.classes is None or tasks.stage is not None:
         return
     key = jax.random.key(0)
     task = jax.eval_shape(tasks.sample, key, tasks.data)

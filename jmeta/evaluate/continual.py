@@ -13,6 +13,7 @@ References:
   forgetting.
 
 Differs from the papers in: R is taken at chosen checkpoints and not after every class, and transfers and forgetting with it.
+Intervals are over draws, by Student's t.
 """
 
 import functools
@@ -60,15 +61,22 @@ class Continual(NamedTuple):
     @property
     def running(self) -> np.ndarray:
         """`[draws, checkpoints]`: mean accuracy over the classes learned so far; NaN before the first."""
-        learned = np.arange(self.matrix.shape[-1]) < np.array(self.checkpoints)[:, None]
+        learned = self._learned()
         sums = (self.matrix * learned).sum(-1)
         return np.where(learned.any(-1), sums / np.maximum(learned.sum(-1), 1), np.nan)
 
     @property
     def forgetting(self) -> tuple[float, float]:
-        """How far the accuracy of a class is below its best since it was learned: mean over classes, and interval over draws."""
-        since = np.where(self._learned(), self.matrix, -np.inf)
-        return drawing.interval((since.max(1) - self.matrix[:, -1]).mean(-1))
+        """How far a class is below its best between its learning and the last checkpoint, mean over the classes known before that.
+
+        NaN where no class was known before the last checkpoint.
+        """
+        learned = self._learned()[:-1]
+        earlier = learned.any(0)
+        if not earlier.any():
+            return np.nan, np.nan
+        best = np.where(learned, self.matrix[:, :-1], -np.inf).max(1)
+        return drawing.interval((best - self.matrix[:, -1])[:, earlier].mean(-1))
 
     @property
     def backward(self) -> tuple[float, float]:
@@ -80,12 +88,15 @@ class Continual(NamedTuple):
 
     @property
     def forward(self) -> tuple[float, float]:
-        """Gain on classes not yet learned over the untrained head; NaN unless 0 is among the checkpoints."""
-        ahead = ~self._learned()[1:-1]
-        if self.checkpoints[0] != 0 or not ahead.any():
+        """Gain on a class, at the last checkpoint before it is learned, over the untrained head: mean over classes that have one.
+
+        NaN unless 0 is among the checkpoints and others before the last.
+        """
+        last = (~self._learned()).sum(0) - 1
+        if self.checkpoints[0] != 0 or not (last > 0).any():
             return np.nan, np.nan
-        gain = self.matrix[:, 1:-1] - self.matrix[:, :1]
-        return drawing.interval((gain * ahead).sum((1, 2)) / ahead.sum())
+        before = np.take_along_axis(self.matrix, np.broadcast_to(last, self.matrix[:, :1].shape), 1)[:, 0]
+        return drawing.interval((before - self.matrix[:, 0])[:, last > 0].mean(-1))
 
     def _learned(self) -> np.ndarray:
         """bool `[checkpoints, classes]`."""
@@ -155,11 +166,11 @@ def continual(
 
     Raises:
       ValueError: more classes than there are, too few images of a class, a head with fewer outputs than classes, a model whose
-        predictions depend on each other, or another argument out of range.
+        predictions depend on each other, one whose last layer is not linear if frozen, or another argument out of range.
     """
     select = draws if select is None else select
     steps = _checkpoints(classes, checkpoints)
-    drawing.check("continual", model, theta.params, images, classes, shots, queries, rates, draws, select)
+    drawing.check("continual", model, theta.params, images, classes, shots, queries, frozen, rates, draws, select)
     run = _runner(model, loss, optimizer, classes, shots, queries, frozen, init, steps)
     together = chunk or (1 if jax.default_backend() == "cpu" else default_chunk(theta.params, len(rates) * select))
     measured = drawing.two_stages(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from scipy.stats import t
 
 from jmeta.core import Model, Params
 from jmeta.mesh import check_mesh, count_devices, replicate, spread
@@ -42,12 +43,12 @@ def begin(
         return model.apply, params, x
     inputs = model.inputs
     assert inputs is not None  # `check` saw to it
-    features = jax.lax.map(lambda images: inputs(params, images)[head], x)
+    return linear, params[head], jax.lax.map(lambda images: inputs(params, images)[head], x)
 
-    def forward(layer, features):
-        return features @ layer["kernel"] + layer.get("bias", 0)
 
-    return forward, params[head], features
+def linear(layer: Params, features: jax.Array) -> jax.Array:
+    """The head of a network: `[N, features]` to logits."""
+    return features @ layer["kernel"] + layer.get("bias", 0)
 
 
 def right(forward: Callable, params: Params, examples: jax.Array) -> jax.Array:
@@ -118,15 +119,15 @@ def _padded(program: Callable, keys: jax.Array, rates: jax.Array, devices: int) 
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """Mean and half width of its 95 % interval, 1.96 standard errors; NaN of a single value."""
-    half = 1.96 * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
+    """Mean and half width of its 95 % interval by Student's t, since draws are few; NaN of a single value."""
+    half = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
     return float(values.mean()), float(half)
 
 
 def chosen(rate: float, tried: dict[float, tuple[float, float]]) -> str:
     """What is said of a rate beside a figure."""
     if not tried:
-        return f"rate {rate:g}"
+        return "solved" if np.isnan(rate) else f"rate {rate:g}"
     edge = "" if min(tried) < rate < max(tried) else ", at the edge of what was tried"
     return f"rate {rate:g} of {len(tried)}{edge}"
 
@@ -139,6 +140,7 @@ def check(
     classes: int,
     shots: int,
     queries: int,
+    frozen: bool,
     rates: Sequence[float],
     draws: int,
     select: int,
@@ -151,7 +153,7 @@ def check(
     for argument, value in {"classes": classes, "shots": shots, "queries": queries, "draws": draws, "select": select}.items():
         if value < 1:
             raise ValueError(f"{name}: {argument} must be at least 1, got {value}.")
-    if not rates or not all(rate > 0 for rate in rates):
+    if len(rates) == 0 or not all(rate > 0 for rate in rates):
         raise ValueError(f"{name}: rates must be numbers above 0, got {tuple(rates)}.")
     if classes > len(images.names):
         raise ValueError(f"{name}: classes is {classes}, but the image set has {len(images.names)}. Usual cause: another split.")
@@ -160,7 +162,7 @@ def check(
         raise ValueError(
             f"{name}: shots + queries is {shots} + {queries}, but class {images.names[fewest]!r} has {images.count[fewest]} images."
         )
-    if not model.layers or model.inputs is None:
+    if not model.layers or (frozen and model.inputs is None):
         raise ValueError(f"{name}: the model does not tell its layers and what comes into them; use from_linen or a built-in one.")
     x = jnp.asarray(images.pixels[:2], jnp.float32) / 255
     both, alone = model.apply(params, x), model.apply(params, x[:1])
@@ -171,3 +173,17 @@ def check(
         )
     if float(jnp.abs(both[:1] - alone).max()) > 1e-3 * float(jnp.abs(both).max()):
         raise ValueError(f"{name}: the model's predictions depend on each other; train with norm='instance', 'group' or 'layer'.")
+    if frozen and not _ends_linear(model, params, x, both):
+        raise ValueError(
+            f"{name}: frozen features need a last layer of kernel and bias whose outputs are the model's; {model.layers[-1]!r} "
+            "is something else. Use frozen=False."
+        )
+
+
+def _ends_linear(model: Model, params: Params, x: jax.Array, outputs: jax.Array) -> bool:
+    head = model.layers[-1]
+    assert model.inputs is not None
+    features = model.inputs(params, x)[head]
+    if not isinstance(params[head], dict) or "kernel" not in params[head] or features.ndim != 2:
+        return False
+    return bool(jnp.allclose(linear(params[head], features), outputs, rtol=1e-3, atol=1e-4))

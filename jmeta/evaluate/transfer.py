@@ -4,7 +4,7 @@ References:
   Frati, Traft, Clune, Cheney, Reset It and Forget It, ECAI 2024 (https://arxiv.org/abs/2310.07996): fine-tuning of all layers and
   of the last, and a last layer by least squares.
 
-Differs from the paper in: the learning rate is chosen on draws of its own.
+Differs from the paper in: the learning rate is chosen on draws of its own; least squares has a small penalty.
 """
 
 import functools
@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jmeta.core import Batch, Model, Theta, evaluate_loss, memoise
 from jmeta.evaluate import draws as drawing
 from jmeta.evaluate.continual import RATES
-from jmeta.tasks.feeds import epoch_steps
+from jmeta.tasks.feeds import epoch_steps, of_epoch
 from jmeta.tasks.images import Images
 
 METHODS = ("finetune", "probe", "least_squares")
@@ -88,7 +88,7 @@ def transfer(
       draws: as for `continual`.
       select: as for `continual`.
       init: as for `continual`.
-      ridge: of least squares: penalty on the weights, as a share of the mean squared feature. The paper's has none.
+      ridge: of least squares: penalty on the weights, as a share of the mean squared feature, above 0.
       chunk: as for `continual`.
       mesh: as for `continual`.
 
@@ -101,9 +101,10 @@ def transfer(
     select = draws if select is None else select
     if method not in METHODS:
         raise ValueError(f"transfer: method must be one of {', '.join(METHODS)}, got {method!r}.")
-    if epochs < 1 or size < 1 or ridge < 0:
-        raise ValueError(f"transfer: epochs and size must be at least 1 and ridge at least 0, got {epochs}, {size} and {ridge}.")
-    drawing.check("transfer", model, theta.params, images, classes, shots, queries, rates, draws, select)
+    if epochs < 1 or size < 1 or ridge <= 0:
+        raise ValueError(f"transfer: epochs and size must be at least 1 and ridge above 0, got {epochs}, {size} and {ridge}.")
+    frozen = method != "finetune"
+    drawing.check("transfer", model, theta.params, images, classes, shots, queries, frozen, rates, draws, select)
     solved = method == "least_squares"
     if solved:
         run = _runner(_solve, model, classes, shots, queries, ridge)
@@ -138,9 +139,8 @@ def _run(model, loss, optimizer, classes, shots, queries, frozen, init, epochs, 
 
         def step(carry, number):
             params, state = carry
-            places = number * size + jnp.arange(size)
-            chosen = order[jnp.minimum(places, total - 1)]
-            batch = Batch(x[chosen], chosen // shots, (places < total).astype(jnp.float32))
+            chosen, mask = of_epoch(order, number, size)
+            batch = Batch(x[chosen], chosen // shots, mask)
             gradient = jax.grad(lambda p: evaluate_loss(loss, forward(p, batch.x), batch))(params)
             updates, state = update.update(gradient, state, params)
             return (optax.apply_updates(params, updates), state), None

@@ -19,6 +19,7 @@ import jax
 import optax
 
 from jmeta.core import Data, MetaLearner, Model, Rule, Theta, chain, evaluate_loss, inner_loop, memoise
+from jmeta.learners.maml import check_differentiable
 from jmeta.losses import measure
 from jmeta.rules.scale import only
 
@@ -51,7 +52,8 @@ def asb(
       A meta-learner whose `phi` is a `Theta`, for tasks such as `jm.streams` makes.
 
     Raises:
-      ValueError: `order` is neither 1 nor 2.
+      ValueError: `order` is neither 1 nor 2, or it is 2 and the inner optimiser has no derivative at a zero gradient; or the rule
+        asks for slots="zero" of an inner optimiser that goes on, of which there is none here.
 
     >>> from jmeta.losses import xent
     >>> from jmeta.models.backbones import mlp
@@ -62,6 +64,10 @@ def asb(
     if order not in (1, 2):
         raise ValueError(f"asb: order must be 1 or 2, got {order!r}.")
     rule = chain(rule)
+    if rule.clears:
+        raise ValueError("asb: the rule has slots='zero', but the inner optimiser begins anew with each task; use slots='keep'.")
+    if through and order == 2:
+        check_differentiable("asb", rule, model, data.steps)
     loop = inner_loop(model, loss, rule, data, order=order if through else 1, unroll=unroll, remat=remat)
 
     def init(key):
@@ -87,16 +93,16 @@ def asb(
             return loop.follow(key_follow, start, task.support)[0]
 
         base = loop.begin(key_reset, theta, task.support)
-        base, rest = (base, follow) if through else (follow(base)._replace(memory=theta.memory), lambda start: start)
+        base, rest = (base, follow) if through else (follow(base), lambda start: start)
 
         def value(learned):
-            phi = rest(learned._replace(memory=theta.memory))
+            phi = rest(learned._replace(memory=base.memory))
             outputs = predict(phi, task.query.x)
             value = evaluate_loss(loss, outputs, task.query)
             return value, (phi, {"loss": value, **measure(outputs, task.query.y, task.query.mask)})
 
         (_, (phi, info)), gradient = jax.value_and_grad(value, has_aux=True)(base._replace(memory=()))
-        return base, rule.meta(gradient, theta, phi), info
+        return base._replace(memory=theta.memory), rule.meta(gradient, theta, phi), info
 
     return MetaLearner(init, adapt, predict, curve, grad)
 

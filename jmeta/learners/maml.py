@@ -86,7 +86,7 @@ def maml(
         raise ValueError(f"maml: order must be 1 (first-order MAML) or 2, got {order!r}.")
     rule = chain(rule)
     if order == 2:
-        _check_differentiable(rule, model, data.steps)
+        check_differentiable("maml", rule, model, data.steps)
     if step_weights is not None and not callable(step_weights) and len(step_weights) != data.steps:
         raise ValueError(f"maml: step_weights has {len(step_weights)} weights for {data.steps} inner steps; give one a step.")
     loop = inner_loop(model, loss, rule, data, order=order, unroll=unroll, remat=remat, carry_state=carry_state)
@@ -136,7 +136,7 @@ def _over_steps(walk: Callable, output: Callable, loss: Callable, probe: Callabl
     return objective
 
 
-def _check_differentiable(rule: Rule, model: Model, steps: int) -> None:
+def check_differentiable(name: str, rule: Rule, model: Model, steps: int) -> None:
     """Refuses an inner optimiser whose update has no finite derivative at a zero gradient, as Adam's square root there."""
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     states = jax.eval_shape(rule.update.init, shapes)
@@ -158,8 +158,8 @@ def _check_differentiable(rule: Rule, model: Model, steps: int) -> None:
         finite = jax.jit(slope)(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes))
     if not isinstance(finite, Tracer) and not finite:
         raise ValueError(
-            "maml: order is 2 and the rule's update has no finite derivative at a zero gradient, so meta-gradients would be NaN. "
-            "Usual cause: an inner Adam or RMSProp without eps_root, as in optax.adam(1e-3); give it one, "
+            f"{name}: order is 2 and the rule's update has no finite derivative at a zero gradient, so meta-gradients would be "
+            "NaN. Usual cause: an inner Adam or RMSProp without eps_root, as in optax.adam(1e-3); give it one, "
             "optax.adam(1e-3, eps_root=1e-8), or use order=1."
         )
 

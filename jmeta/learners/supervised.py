@@ -9,9 +9,15 @@ References:
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 from jmeta.core import Data, MetaLearner, Model, Theta, evaluate_loss, memoise
 from jmeta.losses import measure
+
+
+def as_floats(x: jax.Array) -> jax.Array:
+    """Images of uint8 in [0, 1]; anything else as it is."""
+    return x.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else x
 
 
 @memoise
@@ -25,14 +31,19 @@ def supervised(model: Model, loss: Callable[..., jax.Array], data: Data) -> Meta
         `jm.labelled(images)` before it sees an example again.
 
     Returns:
-      A meta-learner whose `adapt` returns theta as it is. Its `info` hands the step's batch on to outer optimisers that want it.
+      A meta-learner whose `adapt` returns theta as it is; images of uint8 are scaled to [0, 1]. Its `info` hands the step's
+      batch on to outer optimisers that want it.
     """
 
+    def predict(phi, x):
+        return model.apply(phi.params, as_floats(x))
+
     def curve(key, theta, task):
-        return model.apply(theta.params, task.query.x)[None]
+        return predict(theta, task.query.x)[None]
 
     def grad(key, theta, task, *, meta_step):
-        batch = data.at(key, task.support, meta_step, lambda x: model.apply(theta.params, x))
+        batch = data.at(key, task.support, meta_step, lambda x: predict(theta, x))
+        batch = batch._replace(x=as_floats(batch.x))
 
         def value(learned):
             outputs = model.apply(learned.params, batch.x)
@@ -45,7 +56,7 @@ def supervised(model: Model, loss: Callable[..., jax.Array], data: Data) -> Meta
     return MetaLearner(
         lambda key: Theta(model.init(key)),
         lambda key, theta, support: theta,
-        lambda phi, x: model.apply(phi.params, x),
+        predict,
         curve,
         grad,
     )

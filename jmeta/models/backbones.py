@@ -209,8 +209,8 @@ def conv4(
 def conv3(classes: int, *, filters: int = 256, shape: tuple[int, int, int] = (28, 28, 1), norm: Norm = "instance") -> Model:
     """Three blocks of unpadded convolution, normalisation and ReLU, the first two max-pooled, and a linear head on the last map.
 
-    It is the network that zapping, OML and ANML pre-train on Omniglot; on 84 x 84 in colour it is
-    `conv4(classes, filters=256, pool=True, shape=(84, 84, 3), norm="instance")`.
+    It is the network that zapping, OML and ANML pre-train on Omniglot. For 84 x 84 in colour the paper has four padded blocks, all
+    pooled, which but for the initial weights is `conv4(classes, filters=256, pool=True, shape=(84, 84, 3), norm="instance")`.
 
     Args:
       classes: outputs of the head, at least one for each class of the image set.

@@ -14,6 +14,7 @@ from jax import lax
 from jmeta.models.convolution import convolve, patches_of, planes_of, times_kernel
 
 Norm = Literal["batch", "support", "group", "layer", "instance", "none"]
+EPSILON = 1e-5  # added to variances, as PyTorch does
 _LECUN = nn.initializers.lecun_normal()
 NORMS = ("batch", "support", "group", "layer", "instance", "none")
 
@@ -148,7 +149,7 @@ class BatchNorm(nn.Module):
     the collection "stats" are used instead of the batch's; with "stats" mutable the batch's are written there.
     """
 
-    epsilon: float = 1e-5
+    epsilon: float = EPSILON
 
     @nn.compact
     def __call__(self, x: jax.Array, kernel: jax.Array | None = None) -> jax.Array:
@@ -179,11 +180,11 @@ def normalise(norm: Norm, x: jax.Array) -> jax.Array:
     axes = tuple(range(1, x.ndim))
     if norm == "group":
         groups = next(count for count in (8, 4, 2, 1) if x.shape[-1] % count == 0 and x.shape[-1] > count)
-        return nn.GroupNorm(num_groups=groups, name="norm")(x)
+        return nn.GroupNorm(num_groups=groups, epsilon=EPSILON, name="norm")(x)
     if norm == "layer":
-        return nn.LayerNorm(reduction_axes=axes, name="norm")(x)
+        return nn.LayerNorm(epsilon=EPSILON, reduction_axes=axes, name="norm")(x)
     if norm == "instance":
-        return nn.InstanceNorm(name="norm")(x)
+        return nn.InstanceNorm(epsilon=EPSILON, name="norm")(x)
     return x if norm == "none" else BatchNorm(name="norm")(x)
 
 

@@ -24,6 +24,8 @@ import jax.numpy as jnp
 import optax
 
 from jmeta.core import Model, Params, Rule, Theta, cleared, memoise
+from jmeta.rules.resetting import towards
+from jmeta.rules.zap import is_named, kernels, reset_where
 
 
 def activity(model: Model, params: Params, x: jax.Array) -> dict[str, jax.Array]:
@@ -60,7 +62,7 @@ def renew(model: Model, key: jax.Array, params: Params, chosen: dict[str, jax.Ar
     """
     fresh, params = model.init(key), dict(params)
     for name, here in chosen.items():
-        params[name] = jax.tree.map(lambda new, old, here=here: jnp.where(here, new, old), fresh[name], params[name])
+        params[name] = reset_where(params[name], jax.tree.map(lambda _, here=here: here, params[name]), fresh[name])
     for name, after in itertools.pairwise(model.layers):
         params[after] = _without(params[after], chosen[name])
     return params
@@ -70,7 +72,7 @@ def _without(layer: Any, gone: jax.Array) -> Any:
     """A layer whose weights from units that are gone are 0."""
 
     def one(path, leaf):
-        if path[-1].key != "kernel":
+        if not is_named(path, "kernel"):
             return leaf
         by_unit = leaf.reshape(-1, len(gone), leaf.shape[-1])  # a flattened map has its channels last
         return jnp.where(gone[None, :, None], 0, by_unit).reshape(leaf.shape)
@@ -79,12 +81,16 @@ def _without(layer: Any, gone: jax.Array) -> Any:
 
 
 def _units(layer: Any) -> int:
-    kernels = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(layer) if path[-1].key == "kernel"]
-    if len(kernels) != 1:
+    return _kernel(layer).shape[-1]
+
+
+def _kernel(layer: Any) -> jax.Array:
+    found = kernels(layer)
+    if len(found) != 1:
         raise ValueError(
-            f"activity: each layer must have one kernel, got a layer with {len(kernels)} (a residual block has several)."
+            f"activity: each layer must have one kernel, got a layer with {len(found)} (a residual block has several)."
         )
-    return kernels[0].shape[-1]
+    return found[0]
 
 
 @memoise
@@ -149,7 +155,7 @@ def continual_backprop(
       replacement: share of the mature units that is renewed at each step.
       maturity: steps before a unit can be renewed.
       decay: of the running mean of utilities.
-      seed: of the new weights.
+      seed: of the new weights; a run of another key draws the same ones with the same seed.
 
     Returns:
       An optax transformation for parameters or for a `Theta`. Its update takes `info={"batch": batch}`, as the learner
@@ -184,8 +190,7 @@ def continual_backprop(
         changed = renew(model, key_new, _own(moved), chosen)
         wanted: Any = moved._replace(params=changed) if isinstance(moved, Theta) else changed
         after = cleared(inner, after, moved, wanted)
-        updates = jax.tree.map(lambda u, old, new, best: jnp.where(best == new, u, best - old), updates, params, moved, wanted)
-        return updates, ContinualBackprop(key, after, ages, utilities, due)
+        return towards(updates, params, moved, wanted), ContinualBackprop(key, after, ages, utilities, due)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -209,7 +214,3 @@ def _judged(model: Model, params: Params, outputs: dict, state: ContinualBackpro
         chosen[name], due[name] = gone, waiting - gone.sum()
         ages[name], utilities[name] = jnp.where(gone, 0, age), jnp.where(gone, 0, utility)
     return chosen, ages, utilities, due
-
-
-def _kernel(layer: Any) -> jax.Array:
-    return next(leaf for path, leaf in jax.tree_util.tree_leaves_with_path(layer) if path[-1].key == "kernel")

@@ -39,17 +39,17 @@ def resetting(
       outer: any optax optimiser.
       reset: a rule with a reset, such as `jmeta.zap("head", which="all")`; as its support set it gets the batch of the step, where
         the learner hands one on in `info`, as `jmeta.supervised` does.
-      every: steps between two resets; for zaps between epochs, the steps of an epoch times the epochs.
+      every: steps between two resets; for zaps between epochs, the steps of an epoch times the epochs, with `until`.
       slots: whether what the optimiser remembers of the parameters that a reset changes stays or becomes 0. What is counted for all
         parameters together, as Adam's step, stays; `adam_each` counts for each.
       until: the step at which training ends, after which nothing is reset; None resets then as well.
-      seed: of the resets.
+      seed: of the resets; a run of another key has the same ones with the same seed.
 
     Returns:
       An optax transformation for parameters or for a `Theta`, whose `params` it resets. Its state holds its key.
 
     Raises:
-      ValueError: an argument is out of range.
+      ValueError: an argument is out of range; or slots is "keep" for a reset that was made with slots="zero".
 
     >>> from jmeta.rules.zap import shrink_perturb
     >>> outer = resetting(optax.sgd(0.1), shrink_perturb(0.5, 0.0), every=2)
@@ -65,6 +65,8 @@ def resetting(
     if slots not in ("keep", "zero"):
         raise ValueError(f"resetting: slots must be 'keep' or 'zero', got {slots!r}.")
     inner, rule = optax.with_extra_args_support(outer), chain(reset)
+    if rule.clears and slots == "keep":
+        raise ValueError("resetting: the rule asks for slots='zero'; give it to resetting, whose optimiser it is about.")
 
     def init(params):
         rule.init(params.params if isinstance(params, Theta) else params)
@@ -81,7 +83,7 @@ def resetting(
             moved = optax.apply_updates(params, updates)
             changed = _reset(rule, jax.random.fold_in(state.key, count), moved, extra)
             slots_after = cleared(inner, after, moved, changed) if slots == "zero" else after
-            return jax.tree.map(_towards, updates, params, moved, changed), slots_after
+            return towards(updates, params, moved, changed), slots_after
 
         updates, after = jax.lax.cond(due, anew, lambda _: (updates, after), None)
         return updates, Resetting(state.key, count, after)
@@ -96,9 +98,20 @@ def _reset(rule: Rule, key: jax.Array, params: Any, extra: dict) -> Any:
     return rule.reset(key, params, batch, hyper={})
 
 
-def _towards(update: jax.Array, old: jax.Array, moved: jax.Array, wanted: jax.Array) -> jax.Array:
-    """The update that leads to the reset value; the optimiser's own, bit for bit, where the reset changes nothing."""
-    return jnp.where(wanted == moved, update, wanted - old)
+def towards(updates: Any, params: Any, moved: Any, wanted: Any) -> Any:
+    """The updates that lead to what a reset made; the optimiser's own, bit for bit, where it changed nothing.
+
+    Args:
+      updates: the optimiser's.
+      params: what they are added to.
+      moved: their sum.
+      wanted: what the reset made of it.
+    """
+
+    def one(update, old, new, best):
+        return jnp.where(best == new, update, best - old)
+
+    return jax.tree.map(one, updates, params, moved, wanted)
 
 
 class AdamEach(NamedTuple):

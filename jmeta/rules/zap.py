@@ -68,7 +68,8 @@ def zap(
       init: how weights are drawn; see `zap_layer`.
       which: "support" for the classes that the support set's labels name, "all", or the fraction of units that are drawn by lot.
       bias: whether their biases become 0 as well; the paper leaves them.
-      slots: whether what an inner optimiser that goes on from task to task (`carry_state`) remembers of them stays or becomes 0.
+      slots: whether what an inner optimiser that goes on from task to task (`carry_state`) remembers of them stays or becomes 0;
+        `jmeta.resetting` has slots of its own, for the outer one.
 
     Returns:
       A rule.
@@ -134,13 +135,12 @@ def zap_layer(
     here = _marked(chosen, units)
 
     def one(path, leaf):
-        name = path[-1].key
-        if name == "kernel":
+        if is_named(path, "kernel"):
             return here
-        return here & bias if name == "bias" else jnp.zeros((), bool)
+        return here & bias if is_named(path, "bias") else jnp.zeros((), bool)
 
     def draw(path, leaf):
-        if path[-1].key != "kernel":
+        if not is_named(path, "kernel"):
             return jnp.zeros((), leaf.dtype)
         own = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
         if callable(init):
@@ -169,8 +169,8 @@ def later_layers(model: Model, first: str) -> Rule:
     names = model.layers[model.layers.index(first) :]
 
     def reset(key, params, support, *, hyper):
-        fresh = model.init(key)
-        return {**params, **{name: fresh[name] for name in names}}
+        chosen = {name: jax.tree.map(lambda _, name=name: name in names, layer) for name, layer in params.items()}
+        return reset_where(params, chosen, model.init(key))
 
     return Rule("later_layers", reset=reset)
 
@@ -218,10 +218,20 @@ def _check_layer(params: Params, layer: str) -> None:
 
 def _units(layer: Any) -> int:
     """How many units a layer has: the last axis of its kernels."""
-    found = [leaf.shape[-1] for path, leaf in jax.tree_util.tree_leaves_with_path(layer) if path[-1].key == "kernel"]
+    found = [kernel.shape[-1] for kernel in kernels(layer)]
     if not found or len(set(found)) > 1:
         raise ValueError(f"zap: the layer must have a kernel, or kernels of as many units each, got {len(found)}: {found}.")
     return found[0]
+
+
+def kernels(layer: Any) -> list[jax.Array]:
+    """The arrays of a layer that are called "kernel"."""
+    return [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(layer) if is_named(path, "kernel")]
+
+
+def is_named(path: tuple, name: str) -> bool:
+    """Whether a path into a tree ends at an entry of that name."""
+    return bool(path) and getattr(path[-1], "key", None) == name
 
 
 def _marked(chosen: Any, units: int) -> jax.Array:

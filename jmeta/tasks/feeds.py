@@ -73,7 +73,7 @@ def epochs(size: int, *, seed: int = 0) -> Data:
 
     Args:
       size: examples of a batch.
-      seed: of the orders.
+      seed: of the orders; a run of another key has the same ones with the same seed.
 
     Raises:
       ValueError: size is below 1.
@@ -85,13 +85,22 @@ def epochs(size: int, *, seed: int = 0) -> Data:
         examples = source.y.shape[0]
         epoch, number = jnp.divmod(step, epoch_steps(examples, size))
         order = jax.random.permutation(jax.random.fold_in(jax.random.key(seed), epoch), examples)
-        places = number * size + jnp.arange(size)
-        chosen = order[jnp.minimum(places, examples - 1)]
-        x = source.x[chosen]
-        x = x.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else x
-        return Batch(x, source.y[chosen], (places < examples).astype(jnp.float32))
+        chosen, mask = of_epoch(order, number, size)
+        return Batch(source.x[chosen], source.y[chosen], mask)
 
     return Data(1, at)
+
+
+def of_epoch(order: jax.Array, number: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """The examples of an epoch's batch: their places, and a mask that is 0 where the last batch is filled up.
+
+    Args:
+      order: of the epoch's examples.
+      number: of the batch.
+      size: of a batch.
+    """
+    places = number * size + jnp.arange(size)
+    return order[jnp.minimum(places, len(order) - 1)], (places < len(order)).astype(jnp.float32)
 
 
 def epoch_steps(examples: int, size: int) -> int:

@@ -297,6 +297,36 @@ def split_classes(images: Images, sizes: Sequence[int], seed: int) -> list[Image
     return [take_classes(images, np.sort(part)) for part in parts]
 
 
+def split_images(images: Images, sizes: Sequence[int], seed: int) -> list[Images]:
+    """Divides the images of every class at random into disjoint groups, so that all groups have all classes.
+
+    Args:
+      images: what to divide.
+      sizes: images of a class in each group; those beyond their sum are left out.
+      seed: of `np.random.default_rng`. Within a group, images keep their order.
+
+    Raises:
+      ValueError: a size below 1, or more images asked for than the smallest class has.
+
+    >>> drawn = from_arrays(np.zeros((40, 28, 28), np.uint8), np.arange(40) // 20)
+    >>> [part.count.tolist() for part in split_images(drawn, [15, 5], seed=0)]
+    [[15, 15], [5, 5]]
+    """
+    fewest = int(np.argmin(images.count))
+    if not sizes or min(sizes) < 1 or sum(sizes) > images.count[fewest]:
+        raise ValueError(
+            f"sizes: got {tuple(sizes)} (sum {sum(sizes)}), expected sizes of at least 1 whose sum is at most "
+            f"{images.count[fewest]}, the images of class {images.names[fewest]!r}"
+        )
+    rng = np.random.default_rng(seed)
+    each = zip(images.start, images.count, strict=True)
+    chosen = np.stack([start + rng.permutation(count)[: sum(sizes)] for start, count in each])
+    parts = (np.sort(part, 1) for part in np.split(chosen, np.cumsum(sizes)[:-1], 1))
+    counts = [np.full(len(images.names), size, np.int32) for size in sizes]
+    pairs = zip(parts, counts, strict=True)
+    return [Images(images.pixels[part.ravel()], _starts(count), count, images.names) for part, count in pairs]
+
+
 def invert(images: Images) -> Images:
     """Swaps dark and light: for dark ink on light paper, so that ink is high as in `omniglot` and `glyphs`."""
     return images._replace(pixels=255 - images.pixels)

@@ -1,5 +1,6 @@
 """Sequential and standard transfer, against loops by hand."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,14 @@ from jmeta.evaluate import draws as drawing
 
 NET = jm.mlp(6, hidden=(8,), shape=(12,))
 HOW = {"classes": 4, "shots": 3, "queries": 2}
+
+
+class _Warm(nn.Module):
+    """A network that does something after its head."""
+
+    @nn.compact
+    def __call__(self, x):
+        return 2 * nn.Dense(6, name="head")(x.reshape(len(x), -1))
 
 
 def _images(noise=40):
@@ -62,8 +71,13 @@ def test_the_rate_is_chosen_on_draws_of_its_own(key):
     assert list(found.tried) == rates and found.rate == max(rates, key=lambda rate: found.tried[rate][0]) != 1e-6
     alone = jm.continual(key, NET, jm.xent, theta, images, **HOW, frozen=True, rates=[found.rate], draws=3)
     np.testing.assert_array_equal(alone.matrix, found.matrix)
-    first = jm.continual(jax.random.key(5), NET, jm.xent, theta, images, **HOW, frozen=True, rates=[found.rate], draws=3)
-    assert (first.matrix != found.matrix).any()
+
+    def run(shared, key, rate):
+        return (jax.random.uniform(key) + rate,)
+
+    (seen,), rate, tried = drawing.two_stages(key, run, (), (1.0, 2.0), 4, 4, lambda found: found[0], 1, None)
+    assert rate == 2.0 and tried[2.0][0] == pytest.approx(tried[1.0][0] + 1, abs=1e-5)
+    assert abs(seen.mean() - tried[2.0][0]) > 1e-3
     assert drawing.chosen(0.03, found.tried) == "rate 0.03 of 3"
     assert drawing.chosen(0.3, found.tried) == "rate 0.3 of 3, at the edge of what was tried"
 
@@ -85,10 +99,12 @@ def test_figures_of_a_matrix_by_hand(tmp_path):
     found = jm.Continual(matrix, matrix, (0, 1, 2, 3), 1e-3, {})
     assert found.final == pytest.approx((1.9 / 3, 0))
     np.testing.assert_allclose(found.running[0], [np.nan, 1.0, 0.75, 1.9 / 3])
-    assert found.forgetting == pytest.approx(((0.5 + 0.5 + 0) / 3, 0))
+    assert found.forgetting == pytest.approx(((0.5 + 0.5) / 2, 0))
     assert found.backward == pytest.approx(((-0.5 - 0.5) / 2, 0))
-    assert found.forward == pytest.approx((((0.2 - 0.2) + (0.1 - 0.3) + (0.3 - 0.3)) / 3, 0))
+    assert found.forward == pytest.approx((((0.2 - 0.2) + (0.3 - 0.3)) / 2, 0))
     assert np.isnan(found._replace(matrix=matrix[:, 1:], checkpoints=(1, 2, 3)).forward[0])
+    once = found._replace(matrix=matrix[:, [0, 3]], checkpoints=(0, 3))
+    assert np.isnan([once.forgetting[0], once.backward[0], once.forward[0]]).all()
     assert found.plot(tmp_path / "matrix.png").stat().st_size > 1000
     plot.by_classes({"a": (found.checkpoints, found.running)}, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000
@@ -123,6 +139,8 @@ def test_least_squares_is_the_solution(key):
         ({"model": jm.mlp(6, hidden=(8,), shape=(12,), norm="batch")}, "predictions depend on each other"),
         ({"rates": []}, "rates must be numbers above 0"),
         ({"draws": 0}, "draws must be at least 1"),
+        ({"model": jm.from_linen(nn.Dense(6), jax.ShapeDtypeStruct((1, 3, 4, 1), "float32"))}, "must have a kernel"),
+        ({"model": jm.from_linen(_Warm(), jax.ShapeDtypeStruct((1, 3, 4, 1), "float32")), "frozen": True}, "is something else"),
         ({"checkpoints": [2, 1]}, "checkpoints must rise"),
         ({"model": jm.Model(NET.init, NET.apply)}, "does not tell its layers"),
     ],

@@ -39,6 +39,7 @@ def test_at_rate_0_both_take_the_same_step(key):
         base, _, _ = _asb(0.0, through).grad(key, theta, task, meta_step=0)
         expected = jm.zap_layer(key, theta.params, "head", 2)["head"]["kernel"][:, :2]
         np.testing.assert_array_equal(base.params["head"]["kernel"][:, :2], expected)
+        assert (base.params["head"]["kernel"][:, 2] != theta.params["head"]["kernel"][:, 2]).all()
     one, other = (_asb(0.0, through).grad(key, theta, task, meta_step=0) for through in (False, True))
     chex.assert_trees_all_close(one, other, rtol=1e-6, atol=1e-7)
 
@@ -111,7 +112,10 @@ def test_fit_trains_on_streams_one_task_at_a_time(key):
     fit = jm.fit(key, learner, tasks, optax.adam(1e-2), 30, 1, theta=start, progress=False)
     assert fit.history["loss"][-5:].mean() < fit.history["loss"][:5].mean()
     more = jm.from_arrays(rng.integers(0, 256, (12, 2, 3), np.uint8), np.arange(12) // 3)
-    for learns, wide in ((learner, jm.streams(more)), (jm.supervised(NET, jm.xent, jm.epochs(4)), jm.labelled(more))):
+    for learns, wide in (
+        (learner, jm.streams(more, shots=4, remember=4)),
+        (jm.supervised(NET, jm.xent, jm.epochs(4)), jm.labelled(more)),
+    ):
         with pytest.raises(ValueError, match="tasks have 4 classes, but the model's head has 3 outputs, too few"):
             jm.fit(key, learns, wide, optax.adam(1e-2), 1, 1, progress=False)
     with pytest.raises(ValueError, match="meta-batch must be 1"):
@@ -121,7 +125,21 @@ def test_fit_trains_on_streams_one_task_at_a_time(key):
         jm.fit(key, whole, jm.labelled(images), optax.adam(1e-2), 2, 2, progress=False)
 
 
+def test_statistics_of_the_support_set_serve_both(key):
+    net = jm.mlp(3, hidden=(8,), shape=(6,), norm="support")
+    task = _task(key)
+    one, other = (jm.asb(net, jm.xent, optax.sgd(0.0), jm.one_by_one(4), through=through) for through in (False, True))
+    theta = one.init(key)
+    results = [each.grad(key, theta, task, meta_step=0) for each in (one, other)]
+    np.testing.assert_allclose(results[0][2]["loss"], results[1][2]["loss"], rtol=1e-6)
+    assert results[0][0].memory == theta.memory == results[1][0].memory
+
+
 def test_bad_input_is_named():
+    with pytest.raises(ValueError, match="asb: order is 2 and the rule's update has no finite derivative"):
+        jm.asb(NET, jm.xent, optax.adam(1e-3), jm.one_by_one(1), through=True)
+    with pytest.raises(ValueError, match="inner optimiser begins anew"):
+        jm.asb(NET, jm.xent, jm.chain(jm.zap(slots="zero"), optax.sgd(0.1)), jm.one_by_one(1))
     with pytest.raises(ValueError, match="order must be 1 or 2"):
         _asb(0.1, True, order=3)
     with pytest.raises(ValueError, match=r"no layer's name begins with 'gate'.*layer1"):

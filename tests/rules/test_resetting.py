@@ -86,7 +86,34 @@ def test_a_weight_whose_slots_are_zeroed_steps_as_a_new_one():
     np.testing.assert_allclose(updates["head"]["kernel"], -0.1, rtol=1e-5)
 
 
+def test_a_run_with_resets_goes_on_bit_for_bit(key, tmp_path):
+    learner = jm.supervised(NET, jm.xent, jm.epochs(4))
+    batch = jm.Batch(jax.random.normal(key, (10, 6)), jnp.arange(10) % 3)
+    tasks = jm.Tasks(lambda key, data: jm.Task(data, data), batch)
+    outer = jm.resetting(jm.continual_backprop(jm.adam_each(0.01), NET, maturity=1), jm.zap("head", which="all"), 2)
+
+    def run(steps, folder):
+        return jm.fit(key, learner, tasks, outer, steps, 1, workdir=tmp_path / folder, resume=True, progress=False)
+
+    run(3, "parts")
+    chex.assert_trees_all_equal(run(6, "parts").theta, run(6, "whole").theta)
+
+
+def test_slots_that_cannot_be_told_apart_are_named(key):
+    params = NET.init(key)
+    outer = jm.resetting(optax.partition({"a": optax.adam(0.1)}, lambda tree: {name: "a" for name in tree}), COUNTING, 1, "zero")
+    with pytest.raises(ValueError, match=r"cannot be told apart.*slots='keep'"):
+        _walk(outer, params, 1)
+    masked = jm.resetting(
+        optax.masked(optax.sgd(0.1, momentum=0.9), {"layer1": True, "layer2": False, "head": True}), COUNTING, 1, "zero"
+    )
+    state = _walk(masked, params, 1, 1.0)[1]
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(state.inner)) and jax.tree.leaves(state.inner)
+
+
 def test_bad_input_is_named():
+    with pytest.raises(ValueError, match="asks for slots='zero'"):
+        jm.resetting(optax.sgd(0.1), jm.zap(which="all", slots="zero"), 1)
     for wrong in ({"every": 0}, {"every": 1, "slots": "drop"}, {"every": 1, "until": -1}):
         with pytest.raises(ValueError, match="resetting: "):
             jm.resetting(optax.sgd(0.1), COUNTING, **wrong)

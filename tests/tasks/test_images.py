@@ -16,6 +16,7 @@ from jmeta.tasks.images import (
     read_picture,
     rotations,
     split_classes,
+    split_images,
     take_classes,
 )
 
@@ -198,3 +199,15 @@ def test_from_tfds_reads_a_prepared_folder(tmp_path):
     assert images.names[0].rsplit("_", 1)[1].isdigit()
     assert images.pixels.mean() > 200  # dark ink on light paper
     assert "tensorflow" not in sys.modules
+
+
+def test_split_images_leaves_every_class_disjoint_images_in_each_part():
+    images = from_arrays(np.arange(11, dtype=np.uint8).reshape(11, 1, 1), [0] * 5 + [1] * 6)
+    parts = split_images(images, [3, 2], seed=1)
+    for label, own in enumerate((range(5), range(5, 11))):
+        seen = [part.pixels[part.start[label] : part.start[label] + part.count[label]].ravel().tolist() for part in parts]
+        assert [len(each) for each in seen] == [3, 2] and len({*seen[0], *seen[1]}) == 5 and {*seen[0], *seen[1]} <= set(own)
+    assert parts[0].names == images.names
+    np.testing.assert_array_equal(split_images(images, [3, 2], seed=1)[0].pixels, parts[0].pixels)
+    with pytest.raises(ValueError, match="at most 5, the images of class '0'"):
+        split_images(images, [3, 3], seed=0)

@@ -54,12 +54,17 @@ def test_an_epoch_shows_every_example_once_in_a_new_order(key):
     assert epochs[0] != epochs[1]
 
 
-def test_a_whole_set_is_scaled_as_it_is_drawn(key):
-    tasks = jm.labelled(_images())
-    task = tasks.sample(key, tasks.data)
+@pytest.mark.parametrize("data", [jm.epochs(12), jm.minibatches(1, 12)], ids=["epochs", "minibatches"])
+def test_a_whole_set_is_scaled_as_it_is_drawn(key, data):
+    tasks, net = jm.labelled(_images()), jm.mlp(3, hidden=(), shape=(1,))
+    learner, task = jm.supervised(net, jm.xent, data), tasks.sample(key, tasks.data)
     assert task.support.x.dtype == jnp.uint8
-    batch = jm.epochs(12).at(key, task.support, 0, None)
+    theta = learner.init(key)
+    batch = learner.grad(key, theta, task, meta_step=0)[2]["batch"]
     np.testing.assert_array_equal(np.sort(_numbers(batch)), np.arange(12))
+    scaled = net.apply(theta.params, task.query.x / 255.0)
+    np.testing.assert_allclose(learner.curve(key, theta, task)[0], scaled, rtol=1e-6)
+    np.testing.assert_allclose(learner.predict(theta, task.query.x), scaled, rtol=1e-6)
 
 
 def test_bad_input_is_named():
