@@ -77,8 +77,9 @@ def test_a_search_that_was_cut_off_goes_on(theta, tmp_path, monkeypatch):
     monkeypatch.setattr(trials, "_scores", lambda *args: asked.append(np.asarray(args[9])) or score(*args))
     found = _search(theta, path=path)
     assert len({row.tobytes() for rows in asked for row in rows}) == len(PATTERNS) - 2
+    calls = len(asked)
     again = _search(theta, path=path)
-    assert len(asked) == 1
+    assert len(asked) == calls
     assert [each[:6] for each in again.table] == [each[:6] for each in found.table]
     with pytest.raises(ValueError, match="holds no search of this theta"):
         _search(theta, path=path, episodes=EPISODES + 1)
