@@ -2,11 +2,11 @@
 
 import dataclasses
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
-from jmeta import checkpoint, commands, presets
+from jmeta import checkpoint, commands, presets, pretrain
 from jmeta.autotune import use_cache
 from jmeta.mesh import use_cores
 
@@ -15,6 +15,7 @@ USAGE = """usage: jmeta COMMAND ...
   train [PRESET] [--steps N ...]   meta-train, test on unseen classes, leave a run in a new folder
   train --resume RUN [--steps N]   go on with a run that was stopped, or for more steps
   eval RUN                         test a run again
+  eval RUN --protocol continual    let a pre-trained network learn unseen classes in sequence; or transfer
   adapt RUN --support DIR --query DIR   learn the classes of your own pictures and classify others
   search RUN [--tolerance 0.01]    find the fastest pattern of adaptation within a tolerance
   presets                          list the presets
@@ -43,12 +44,15 @@ def _train(args: list[str]) -> None:
         return _resume(args)
     named = bool(args) and not args[0].startswith("-")
     name = args[0] if named else presets.DEFAULT
-    default = presets.preset(name)
+    default = pretrain.PRESETS[name] if name in pretrain.PRESETS else presets.preset(name)
     prog = f"jmeta train {name}"
     where, config = _parse(prog, args[named:], default)
     use_cores(where.devices)
     use_cache()
-    print(commands.train(config, where.out, name=name, devices=where.devices))
+    if isinstance(config, pretrain.Pretrain):
+        print(pretrain.train(config, where.out, name=name))
+    else:
+        print(commands.train(config, where.out, name=name, devices=where.devices))
 
 
 def _resume(args: list[str]) -> None:
@@ -56,10 +60,15 @@ def _resume(args: list[str]) -> None:
     if place + 1 >= len(args):
         raise ValueError("train: --resume needs the folder of a run.")
     run = args[place + 1]
-    config = presets.from_dict(checkpoint.read_run(run)["config"], run)
+    kept = checkpoint.read_run(run)["config"]
+    config = pretrain.from_dict(kept) or presets.from_dict(kept, run)
     where, changed = _parse("jmeta train --resume RUN", args[:place] + args[place + 2 :], config)
     if where.out is not None:
         raise ValueError("train: --resume goes on in the folder of its run; it takes no --out.")
+    if isinstance(config, pretrain.Pretrain):
+        use_cores(where.devices)
+        use_cache()
+        return print(pretrain.train(changed, run, resume=True))
     if config.outer_schedule == "cosine" and changed.steps != config.steps:
         raise ValueError(f"train: the outer rate of {run} falls along a cosine over {config.steps} steps, which cannot change now.")
     use_cores(checkpoint.read_run(run).get("devices", 1) if where.devices is None else where.devices)
@@ -67,11 +76,10 @@ def _resume(args: list[str]) -> None:
     print(commands.train(changed, run, resume=True, devices=where.devices))
 
 
-def _parse(prog: str, args: list[str], default: presets.Config) -> tuple[_Where, presets.Config]:
+def _parse(prog: str, args: list[str], default: Any) -> tuple[_Where, Any]:
     where = tyro.conf.arg(name="")
-    return tyro.cli(
-        tuple[Annotated[_Where, where], Annotated[presets.Config, where]], prog=prog, args=args, default=(_Where(), default)
-    )
+    kinds = tuple[Annotated[_Where, where], Annotated[type(default), where]]
+    return tyro.cli(kinds, prog=prog, args=args, default=(_Where(), default))
 
 
 def main() -> None:
@@ -91,7 +99,9 @@ def main() -> None:
         elif command in shown:
             use_cores()
             use_cache()
-            print(tyro.cli(shown[command], prog=f"jmeta {command}", args=rest))
+            is_protocol = command == "eval" and any(arg.startswith("--protocol") for arg in rest)
+            function = pretrain.evaluate if is_protocol else shown[command]
+            print(tyro.cli(function, prog=f"jmeta {command}", args=rest))
         elif command in silent:
             tyro.cli(silent[command], prog=f"jmeta {command}", args=rest)
         else:

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import platform
+import time
 import warnings
 from importlib import metadata
 from pathlib import Path
@@ -208,6 +209,13 @@ def _as(leaf: Any, stored: Any) -> Any:
     if _is_key(leaf):
         return jax.random.wrap_key_data(jnp.asarray(stored), impl=jax.random.key_impl(leaf))
     return np.asarray(stored, leaf.dtype if hasattr(leaf, "dtype") else None)
+
+
+def fresh(folder: Path, name: str, suffix: str) -> Path:
+    """A file name in a folder that is not taken."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    numbers = [""] + [f"-{number}" for number in range(2, 1000)]
+    return next(path for n in numbers if not (path := folder / f"{name}-{stamp}{n}.{suffix}").exists())
 
 
 def latest(folder: Path) -> int | None:

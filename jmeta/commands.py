@@ -16,7 +16,7 @@ import numpy as np
 import tyro
 from jax.sharding import Mesh
 
-from jmeta import checkpoint, presets, runs
+from jmeta import checkpoint, presets, pretrain, runs
 from jmeta.autotune import tune
 from jmeta.core import LONGEST_UNROLL, Batch, MetaLearner, Theta, default_chunk
 from jmeta.evaluate.fewshot import Score, fewshot
@@ -227,7 +227,7 @@ def evaluate(
     if tasks is None:
         raise ValueError(f"eval: the data of {run} has no validation classes (or the run used none).")
     score = _test(config, problem, theta, tasks, episodes, seed, task_mesh(devices))
-    path = _fresh(Path(run), "eval", "json")
+    path = checkpoint.fresh(Path(run), "eval", "json")
     checkpoint.write_json(path, {**_described(config, problem, score), "split": split, "seeds": [config.seed], "test_seed": seed})
     print(f"{problem.metric_name} on {split} tasks: {score} [norm: {_norm(config)}]")
     return path
@@ -307,7 +307,7 @@ def search(
         path=Path(run) / f"search-{steps}steps-{episodes}episodes-seed{seed}-{_digest(theta)}.scores.json",
         mesh=mesh,
     )
-    path = _fresh(Path(run), "search", "json")
+    path = checkpoint.fresh(Path(run), "search", "json")
     checkpoint.write_json(path, {**found.as_dict(), "norm": _norm(config), "versions": checkpoint.versions(), "seeds": [seed]})
     found.plot(path.with_suffix(".png"))
     print(f"{found}\n[validation classes, norm: {_norm(config)}]")
@@ -320,13 +320,6 @@ def _digest(theta: Theta) -> str:
     for leaf in jax.tree.leaves(theta):
         found.update(np.asarray(leaf).tobytes())
     return found.hexdigest()[:8]
-
-
-def _fresh(folder: Path, name: str, suffix: str) -> Path:
-    """A file name that is not taken."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    numbers = [""] + [f"-{number}" for number in range(2, 1000)]
-    return next(path for n in numbers if not (path := folder / f"{name}-{stamp}{n}.{suffix}").exists())
 
 
 def adapt(
@@ -374,7 +367,7 @@ def adapt(
         shown, asked = invert(shown), 255 - asked
     probabilities = predict(learner, theta, shown, asked, jax.random.key(ADAPT_KEY))
     rows = _rows(paths, truths, probabilities, shown.names)
-    path = Path(out) if out else _fresh(Path(run), "predictions", "json")
+    path = Path(out) if out else checkpoint.fresh(Path(run), "predictions", "json")
     checkpoint.write_json(path, rows)
     _print_rows(rows, config)
     return path
@@ -435,10 +428,15 @@ def _print_rows(rows: list[dict[str, Any]], config: Config) -> None:
 
 def show_presets() -> None:
     """Lists the presets and what each sets."""
-    default = dataclasses.asdict(Config())
     for name, config in presets.PRESETS.items():
-        changed = {key: value for key, value in dataclasses.asdict(config).items() if value != default[key]}
-        print(f"{name:26s}" + " ".join(f"{key}={value}" for key, value in changed.items()))
+        print(_preset_line(name, config, Config()))
+    for name, config in pretrain.PRESETS.items():
+        print(_preset_line(name, config, pretrain.Pretrain()))
+
+
+def _preset_line(name: str, config: Any, default: Any) -> str:
+    changed = (field.name for field in dataclasses.fields(config) if getattr(config, field.name) != getattr(default, field.name))
+    return f"{name:26s}" + " ".join(f"{field}={getattr(config, field)}" for field in changed)
 
 
 def data(

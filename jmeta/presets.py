@@ -239,6 +239,8 @@ def from_dict(stored: Any, where: str | Path) -> Config:
       ValueError: the run was made from code, with a config of its own.
     """
     names = {field.name for field in dataclasses.fields(Config)}
+    if isinstance(stored, dict) and "sequence" in stored:
+        raise ValueError(f"run: {where} is one of pre-training; test it by `jmeta eval RUN --protocol continual` or transfer.")
     if not isinstance(stored, dict) or not set(stored) <= names or "method" not in stored:
         raise ValueError(f"run: {where} was not made by `jmeta train`, so its learner is not known; give load(..., learner=).")
     return Config(**stored)

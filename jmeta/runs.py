@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from jmeta import checkpoint, presets
+from jmeta import checkpoint, presets, pretrain
 from jmeta.core import MetaLearner, Theta
 
 
@@ -14,7 +14,7 @@ def save(path: str | Path, config: Any, theta: Theta, labels: tuple[str, ...] = 
 
     Args:
       path: a new folder.
-      config: `jmeta.presets.Config`, from which `load` can rebuild the learner, or any dataclass or dict.
+      config: a configuration of `jmeta train`, from which `load` can rebuild the learner, or any dataclass or dict.
       theta: what was learned.
       labels: names of the classes trained on.
 
@@ -32,7 +32,7 @@ def load(run: str | Path, learner: MetaLearner | None = None) -> tuple[MetaLearn
 
     Args:
       run: folder of a run, by `jmeta train`, `fit(workdir=)` or `save`.
-      learner: needed for a run whose config is not `jmeta.presets.Config`; otherwise the learner that the run was tested with.
+      learner: needed for a run that `jmeta train` did not make; otherwise the learner that the run was tested with.
 
     Returns:
       The learner, the best theta (the last where nothing was validated) and the names of the classes trained on.
@@ -42,6 +42,9 @@ def load(run: str | Path, learner: MetaLearner | None = None) -> tuple[MetaLearn
       ValueError: the checkpoint is of another model or format, or the learner is not known.
     """
     described = checkpoint.read_run(run)
+    if learner is None and pretrain.from_dict(described["config"]) is not None:
+        _, _, learner, theta = pretrain.read(run)
+        return learner, theta, tuple(described["labels"])
     if learner is None:
         config = presets.from_dict(described["config"], run)
         learner = presets.make_learner(config, config.test_steps)

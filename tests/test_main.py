@@ -201,3 +201,23 @@ def test_bench_writes_what_it_measures_and_keeps_what_is_there(tmp_path, args, n
     else:
         contenders = found[name]["contenders"]
         assert contenders["jmeta"]["seconds"]["median"] > 0 and contenders["jax plain"]["difference"] < 1e-6
+
+
+def test_pretraining_is_zapped_resumed_and_evaluated_both_ways(place):
+    small = ["--filters", 2, "--sequence", 3, "--remember", 4, "--test-classes", 2, "--test-draws", 2]
+    done = _jmeta("train", "zap-asb-omniglot", "--source", "images.npz", "--steps", 4, "--out", "zapped", *small, cwd=place)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((place / "zapped" / "result.json").read_text())
+    assert (
+        result["protocol"] == "continual" and result["classes"] == 2 and result["norm"] == "instance" and 0 <= result["mean"] <= 1
+    )
+    assert (place / "zapped" / "result.png").is_file() and (place / "zapped" / "learning_curve.png").is_file()
+    done = _jmeta("train", "--resume", "zapped", "--steps", 6, cwd=place)
+    assert done.returncode == 0, done.stderr
+    for protocol in (["continual", "--frozen"], ["transfer", "--method", "least_squares"]):
+        rest = ["--classes", 2, "--draws", 2, "--rates", "0.01", "0.001"]
+        done = _jmeta("eval", "zapped", "--protocol", *protocol, *rest, cwd=place)
+        assert done.returncode == 0, done.stderr
+        written = json.loads((place / done.stdout.splitlines()[-1]).read_text())
+        assert written["protocol"] == protocol[0] and written["draws"] == 2 and written["config"]["steps"] == 6
+    assert "is one of pre-training" in _fails("eval", "zapped", cwd=place)

@@ -4,11 +4,15 @@ import dataclasses
 import json
 
 import jax
+import numpy as np
+import optax
 import pytest
 
 import jmeta as jm
-from jmeta import presets
+from jmeta import presets, pretrain
 from jmeta.presets import PRESETS, Config
+from jmeta.rules.resetting import Resetting
+from jmeta.tasks.images import from_arrays, split_images
 
 
 def test_an_unknown_preset_is_answered_with_the_nearest():
@@ -73,3 +77,22 @@ def test_omniglot_presets_draw_from_the_real_data(omniglot_npz):
     assert 0.01 < ink < 0.2
     with pytest.raises(ValueError, match="ways is 424"):
         presets.make_problem(dataclasses.replace(config, ways=424))
+
+
+@pytest.mark.parametrize("name", pretrain.PRESETS)
+def test_every_pretraining_preset_makes_its_learner_and_optimiser(name):
+    config = dataclasses.replace(pretrain.PRESETS[name], filters=2, gate_filters=2, images=4, sequence=2, remember=3, size=5)
+    images = from_arrays(np.zeros((20, 28, 28), np.uint8), np.arange(20) // 5)
+    train = split_images(images, [config.images], 0)[0]
+    learner, outer = pretrain.make_learner(config, 4), pretrain.make_outer(config, 16)
+    tasks, theta = pretrain.make_tasks(config, train), jax.eval_shape(learner.init, jax.random.key(0))
+    task = jax.eval_shape(tasks.sample, jax.random.key(0), tasks.data)
+    base, gradient, info = jax.eval_shape(
+        lambda theta, task: learner.grad(jax.random.key(0), theta, task, meta_step=0), theta, task
+    )
+    state = jax.eval_shape(outer.init, gradient)
+    extra = optax.with_extra_args_support(outer)
+    updates, _ = jax.eval_shape(lambda g, s, p, info: extra.update(g, s, p, info=info), gradient, state, base, info)
+    assert jax.tree.structure(updates) == jax.tree.structure(gradient)
+    assert isinstance(state, Resetting) == (config.method == "iid" and config.zap)
+    assert pretrain.from_dict(dataclasses.asdict(config)) == config

@@ -1,0 +1,283 @@
+"""Pre-training for continual and transfer learning from the command line: i.i.d., ASB, Meta-ASB, OML and ANML, zapped or not.
+
+References:
+  Frati, Traft, Clune, Cheney, Reset It and Forget It, ECAI 2024 (https://arxiv.org/abs/2310.07996): the released configurations for
+  Omniglot.
+  Javed, White, Meta-Learning Representations for Continual Learning, NeurIPS 2019 (https://arxiv.org/abs/1905.12588).
+  Beaulieu et al., Learning to Continually Learn, ECAI 2020 (https://arxiv.org/abs/2002.09571).
+
+Differs from the papers in: OML has the network of the others with one linear head, which its authors found to do as well.
+"""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+
+from jmeta import checkpoint, plot
+from jmeta.core import MetaLearner, Model, Tasks, Theta, chain, memoise
+from jmeta.evaluate import draws as drawing
+from jmeta.evaluate.continual import RATES, Continual, continual
+from jmeta.evaluate.transfer import Transfer, transfer
+from jmeta.learners.asb import anml, asb, oml
+from jmeta.learners.supervised import supervised
+from jmeta.losses import xent
+from jmeta.mesh import task_mesh
+from jmeta.models.anml import anml_net
+from jmeta.models.backbones import conv3
+from jmeta.rules.resetting import resetting
+from jmeta.rules.zap import zap
+from jmeta.tasks.feeds import epoch_steps, epochs, one_by_one
+from jmeta.tasks.glyphs import glyphs
+from jmeta.tasks.images import Images, split_images
+from jmeta.tasks.omniglot import omniglot
+from jmeta.tasks.streams import labelled, streams
+from jmeta.train import fit
+
+TEST_KEY = 1  # folded into the seed's key
+NORM = "instance"
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrain:
+    """All that a run of pre-training depends on: names and numbers alone."""
+
+    method: Literal["iid", "asb", "meta-asb", "oml", "anml"] = "asb"
+    """How the network is trained."""
+    zap: bool = True
+    """Whether the head's weights of a class are drawn anew before its sequence (all of them between epochs, for iid)."""
+    dataset: Literal["omniglot", "glyphs"] = "omniglot"
+    """Omniglot's background and evaluation sets, or glyphs, which are rendered."""
+    source: str | None = None
+    """Where Omniglot lies; looked up or downloaded if not given."""
+    images: int = 15
+    """Images of a class that are trained on."""
+    filters: int = 256
+    """Channels of each convolution."""
+    gate_filters: int = 112
+    """The same of anml's neuromodulating network."""
+    inner_rate: float = 1e-3
+    """Rate of the sequence's steps."""
+    outer_rate: float = 1e-3
+    """Adam's rate."""
+    sequence: int = 20
+    """Images of a sequence, of one class."""
+    remember: int = 64
+    """Images of any class beside it."""
+    size: int = 256
+    """Images of a batch, for iid."""
+    zap_every: int = 1
+    """Epochs between two zaps, for iid."""
+    steps: int = 9_000
+    """Sequences; for iid batches."""
+    test_classes: int = 50
+    """Unseen classes learned one after another in the final test, on frozen features."""
+    test_draws: int = 5
+    """Draws of them."""
+    seed: int = 0
+    """Seed of the initial parameters, the tasks and the splits."""
+    save_every: int = 500
+    """Steps between two checkpoints."""
+
+
+_META = Pretrain(method="meta-asb", inner_rate=0.1, steps=25_000)
+PRESETS: dict[str, Pretrain] = {
+    "zap-iid-omniglot": Pretrain(method="iid", steps=570),
+    "iid-omniglot": Pretrain(method="iid", zap=False, steps=570),
+    "zap-asb-omniglot": Pretrain(),
+    "asb-omniglot": Pretrain(zap=False),
+    "zap-meta-asb-omniglot": _META,
+    "meta-asb-omniglot": dataclasses.replace(_META, zap=False),
+    "oml-omniglot": dataclasses.replace(_META, method="oml", inner_rate=0.03, outer_rate=1e-4),
+    "anml-omniglot": dataclasses.replace(_META, method="anml"),
+    "zap-asb-glyphs": Pretrain(dataset="glyphs", filters=32, steps=1_000, test_classes=10),
+}
+
+
+def from_dict(stored: Any) -> Pretrain | None:
+    """The configuration kept with a run; None if it is of another kind."""
+    names = {field.name for field in dataclasses.fields(Pretrain)}
+    return Pretrain(**stored) if isinstance(stored, dict) and set(stored) == names else None
+
+
+def make_images(config: Pretrain) -> tuple[Images, Images]:
+    """Classes to train on, with as many images of each as the configuration says, and others to test on."""
+    splits = glyphs(seed=config.seed) if config.dataset == "glyphs" else omniglot(config.source, split="background", rotate=False)
+    return split_images(splits.train, [config.images], config.seed)[0], splits.test
+
+
+@memoise
+def make_model(config: Pretrain, classes: int) -> Model:
+    """The network of a configuration, with an output for each class."""
+    if config.method == "anml":
+        return anml_net(classes, filters=config.filters, gate_filters=config.gate_filters)
+    return conv3(classes, filters=config.filters)
+
+
+@memoise
+def make_learner(config: Pretrain, classes: int) -> MetaLearner:
+    """The learner of a configuration."""
+    model = make_model(config, classes)
+    if config.method == "iid":
+        return supervised(model, xent, epochs(config.size, seed=config.seed))
+    steps = optax.sgd(config.inner_rate)
+    rule, data = chain(zap("head"), steps) if config.zap else chain(steps), one_by_one(config.sequence)
+    if config.method in ("oml", "anml"):
+        return {"oml": oml, "anml": anml}[config.method](model, xent, rule, data)
+    return asb(model, xent, rule, data, through=config.method == "meta-asb")
+
+
+def make_tasks(config: Pretrain, images: Images) -> Tasks:
+    """What is trained on."""
+    return labelled(images) if config.method == "iid" else streams(images, config.sequence, config.remember)
+
+
+def make_outer(config: Pretrain, examples: int) -> optax.GradientTransformation:
+    """Adam; for iid with its zaps between epochs."""
+    adam = optax.adam(config.outer_rate)
+    if config.method != "iid" or not config.zap:
+        return adam
+    every = config.zap_every * epoch_steps(examples, config.size)
+    return resetting(adam, zap("head", which="all", init="official_iid"), every, until=config.steps, seed=config.seed)
+
+
+def train(config: Pretrain, workdir: str | Path | None = None, *, name: str = "run", resume: bool = False) -> Path:
+    """Pre-trains, and learns unseen classes in sequence on frozen features; leaves a run as `jmeta.commands.train` does.
+
+    Args:
+      config: what to train.
+      workdir: a new folder; `runs/NAME-DATE-TIME` if None.
+      name: of the preset, for that folder.
+      resume: go on with the run in workdir.
+
+    Returns:
+      The folder.
+
+    Raises:
+      ValueError, FileExistsError, FloatingPointError: as `jmeta.fit` and the data say.
+    """
+    folder = Path(workdir) if workdir else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    checkpoint.check_workdir(folder, resume)
+    images, unseen = make_images(config)
+    if config.test_classes > len(unseen.names):
+        raise ValueError(f"train: test_classes is {config.test_classes}, but there are {len(unseen.names)} unseen classes.")
+    learner, outer = make_learner(config, len(images.names)), make_outer(config, len(images.pixels))
+    done = fit(
+        jax.random.key(config.seed),
+        learner,
+        make_tasks(config, images),
+        outer,
+        config.steps,
+        1,
+        workdir=folder,
+        resume=resume,
+        config=config,
+        labels=images.names,
+        save_every=config.save_every,
+    )
+    plot.learning_curve(folder / "metrics.jsonl", folder / "learning_curve.png")
+    key = jax.random.fold_in(jax.random.key(config.seed), TEST_KEY)
+    model = make_model(config, len(images.names))
+    how: dict[str, Any] = {"classes": config.test_classes, "draws": config.test_draws, "mesh": task_mesh()}
+    found = continual(key, model, xent, done.theta, unseen, frozen=True, **how)
+    _report(found, {"protocol": "continual", "frozen": True, "config": dataclasses.asdict(config)}, folder / "result.json")
+    return folder
+
+
+def read(run: str | Path) -> tuple[Pretrain, Model, MetaLearner, Theta]:
+    """A run of pre-training.
+
+    Raises:
+      ValueError: it is of another kind.
+    """
+    described = checkpoint.read_run(run)
+    config = from_dict(described["config"])
+    if config is None:
+        raise ValueError(
+            f"eval: {run} is no run of pre-training, so it has no --protocol; `jmeta presets` lists zap-asb-omniglot etc."
+        )
+    classes = len(described["labels"])
+    learner = make_learner(config, classes)
+    theta = checkpoint.read_theta(Path(run).absolute(), jax.eval_shape(learner.init, jax.random.key(0)))
+    return config, make_model(config, classes), learner, jax.tree.map(jnp.asarray, theta)
+
+
+def evaluate(
+    run: Annotated[str, tyro.conf.Positional],
+    *,
+    protocol: Literal["continual", "transfer"],
+    classes: int = 50,
+    shots: int = 15,
+    queries: int = 5,
+    frozen: bool = False,
+    method: Literal["finetune", "probe", "least_squares"] = "finetune",
+    epochs: int = 1,
+    draws: int = 10,
+    rates: tuple[float, ...] = RATES,
+    seed: int = 0,
+    devices: int | None = None,
+) -> Path:
+    """Lets a pre-trained network learn unseen classes: one after another, or all together.
+
+    Args:
+      run: folder of a run of pre-training.
+      protocol: continual learns an image at a time, class after class; transfer from shuffled batches.
+      classes: how many are learned.
+      shots: images of a class learned from.
+      queries: other images of a class, tested on.
+      frozen: whether the head alone learns, in continual.
+      method: what learns in transfer: all layers, the head alone, or a head that is solved for.
+      epochs: how often each image is seen in transfer.
+      draws: of classes and images; as many others choose the rate.
+      rates: learning rates to choose from.
+      seed: of the draws.
+      devices: GPUs, or cores, that draws are spread over; all if not given.
+
+    Returns:
+      The JSON file written into the run's folder, beside which a picture of continual's accuracies lies.
+    """
+    config, model, _, theta = read(run)
+    unseen, key = make_images(config)[1], jax.random.fold_in(jax.random.key(seed), TEST_KEY)
+    how: dict[str, Any] = {"classes": classes, "shots": shots, "queries": queries, "draws": draws, "rates": rates}
+    how["mesh"] = task_mesh(devices)
+    if protocol == "continual":
+        found, about = continual(key, model, xent, theta, unseen, frozen=frozen, **how), {"frozen": frozen}
+    else:
+        found = transfer(key, model, xent, theta, unseen, method=method, epochs=epochs, **how)
+        about = {"method": method, "epochs": epochs}
+    path = checkpoint.fresh(Path(run), f"eval-{protocol}", "json")
+    about |= {"protocol": protocol, "shots": shots, "queries": queries, "test_seed": seed, "config": dataclasses.asdict(config)}
+    _report(found, about, path)
+    return path
+
+
+def _report(found: Continual | Transfer, about: dict[str, Any], path: Path) -> None:
+    """Writes a result that can stand alone, and a picture of continual's, and prints it."""
+    shared = {"rate": found.rate, "tried": {f"{rate:g}": score for rate, score in found.tried.items()}}
+    if isinstance(found, Continual):
+        (mean, half), draws = found.final, len(found.matrix)
+        own = {
+            "classes": found.matrix.shape[-1],
+            "checkpoints": found.checkpoints,
+            "running": np.nanmean(found.running[:, 1:], 0).tolist(),
+        }
+        own |= {"forgetting": found.forgetting, "backward": found.backward, "matrix": found.matrix.mean(0).tolist()}
+        found.plot(path.with_suffix(".png"))
+    else:
+        (mean, half), draws, own = drawing.interval(found.accuracy), len(found.accuracy), {}
+    figures = {
+        "metric": "accuracy",
+        "mean": mean,
+        "interval95": half,
+        "draws": draws,
+        "norm": NORM,
+        "versions": checkpoint.versions(),
+    }
+    checkpoint.write_json(path, {**figures, **own, **shared, **about})
+    print(f"accuracy on unseen classes: {found} [norm: {NORM}]")
