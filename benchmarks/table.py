@@ -168,11 +168,14 @@ def lambda_patterns() -> str:
     for path in sorted((RESULTS / "lambda_patterns").glob("*-seed?.json")):
         name, steps, _ = path.stem.rsplit("-", 2)
         groups[name, int(steps)].append(json.loads(path.read_text()))
-    lines = _head(("set", "adapted", "seeds", "times as fast", "operations", "points of accuracy", "the same on photographs"))
+    lines = _head(
+        ("set", "adapted", "seeds", "accuracy", "times as fast", "operations", "change in points", "the same on photographs")
+    )
     for (name, steps), results in groups.items():
         first = f"| {name}, {steps:,} meta-steps"
         found = "; ".join(dict.fromkeys(f"`{result['best']}`" for result in results))
         kinds = {
+            "full": [["full*5"]] * len(results),
             f"searched: {found}": [[result["best"]] for result in results],
             "the head alone (ANIL)": [["head*5"]] * len(results),
             "random, of that cost": [result["randoms"] for result in results],
@@ -194,7 +197,10 @@ def _patterns(results: list[dict], place: str, texts: list[list[str]]) -> str:
     gain = sum(each["difference"] for each, _ in flat) / len(flat)
     widths = [sum(each["difference_interval"] for each, _ in own) / len(own) for own in rows]  # random ones share their episodes
     interval = sum(width**2 for width in widths) ** 0.5 / len(widths)
-    return f"{faster:.1f} | {share:.3f} | {100 * gain:+.1f} ± {100 * interval:.1f}"
+    accuracy = sum(each["accuracy"] for each, _ in flat) / len(flat)
+    around = sum((sum(each["interval"] for each, _ in own) / len(own)) ** 2 for own in rows) ** 0.5 / len(rows)
+    figures = f"{100 * accuracy:.1f} ± {100 * around:.1f} | {faster:.1f} | {share:.3f}"
+    return f"{figures} | {100 * gain:+.1f} ± {100 * interval:.1f}"
 
 
 def _head(titles: Iterable[str]) -> list[str]:
