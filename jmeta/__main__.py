@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from jmeta import checkpoint, commands, presets, pretrain
+from jmeta import checkpoint, commands, commands_pretrain, presets, pretrain
 from jmeta.autotune import use_cache
 from jmeta.mesh import use_cores
 
@@ -50,7 +50,7 @@ def _train(args: list[str]) -> None:
     use_cores(where.devices)
     use_cache()
     if isinstance(config, pretrain.Pretrain):
-        print(pretrain.train(config, where.out, name=name))
+        print(commands_pretrain.train(config, where.out, name=name))
     else:
         print(commands.train(config, where.out, name=name, devices=where.devices))
 
@@ -68,7 +68,7 @@ def _resume(args: list[str]) -> None:
     if isinstance(config, pretrain.Pretrain):
         use_cores(where.devices)
         use_cache()
-        return print(pretrain.train(changed, run, resume=True))
+        return print(commands_pretrain.train(changed, run, resume=True))
     if config.outer_schedule == "cosine" and changed.steps != config.steps:
         raise ValueError(f"train: the outer rate of {run} falls along a cosine over {config.steps} steps, which cannot change now.")
     use_cores(checkpoint.read_run(run).get("devices", 1) if where.devices is None else where.devices)
@@ -100,7 +100,7 @@ def main() -> None:
             use_cores()
             use_cache()
             is_protocol = command == "eval" and any(arg.startswith("--protocol") for arg in rest)
-            function = pretrain.evaluate if is_protocol else shown[command]
+            function = commands_pretrain.evaluate if is_protocol else shown[command]
             print(tyro.cli(function, prog=f"jmeta {command}", args=rest))
         elif command in silent:
             tyro.cli(silent[command], prog=f"jmeta {command}", args=rest)
