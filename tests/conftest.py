@@ -3,16 +3,17 @@
 import os
 from pathlib import Path
 
+# Most of a test's time is tracing and compilation. What a user meets differs by the compiler's effort alone, in the processes that
+# tests start as well.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
+
 import jax
 import pytest
 
-jax.config.update("jax_num_cpu_devices", 2)  # for the tests of meshes; all else runs on the first
-jax.config.update("jax_disable_most_optimizations", True)  # most of a test's time is tracing and compilation
-jax.config.update("jax_traceback_in_locations_limit", 0)
 if jax.__version_info__ < (0, 12):  # unknown later
-    with pytest.MonkeyPatch.context() as patch:  # for this process alone: the command line runs as a user runs it
-        patch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false")
-        jax.devices()
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
+jax.config.update("jax_num_cpu_devices", 2)  # for the tests of meshes; all else runs on the first
 
 
 @pytest.fixture
