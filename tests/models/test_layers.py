@@ -50,8 +50,10 @@ def test_max_pool_drops_what_is_left_over(key):
         lambda norm: jm.conv4(5, filters=8, norm=norm),
         lambda norm: jm.conv4(5, filters=8, pool=True, norm=norm),
         lambda norm: jm.resnet12(5, widths=(4, 8), shape=(28, 28, 1), norm=norm),
+        lambda norm: jm.conv3(5, filters=12, norm=norm),  # so many that a first layer's normalisation is folded
+        lambda norm: jm.anml_net(5, filters=4, gate_filters=2, norm=norm),
     ],
-    ids=["conv4", "conv4 pooled", "resnet12"],
+    ids=["conv4", "conv4 pooled", "resnet12", "conv3", "anml"],
 )
 def test_networks_have_their_layers_in_order(key, make, norm):
     model = make(norm)
