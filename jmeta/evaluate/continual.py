@@ -16,7 +16,6 @@ Differs from the papers in: R is taken at chosen checkpoints and not after every
 Intervals are over draws, by Student's t.
 """
 
-import functools
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ import optax
 from jax.sharding import Mesh
 
 from jmeta import plot
-from jmeta.core import Batch, Model, Theta, default_chunk, evaluate_loss, memoise
+from jmeta.core import Batch, Model, Theta, default_chunk, evaluate_loss
 from jmeta.evaluate import draws as drawing
 from jmeta.tasks.images import Images
 
@@ -171,7 +170,7 @@ def continual(
     select = draws if select is None else select
     steps = _checkpoints(classes, checkpoints)
     drawing.check("continual", model, theta.params, images, classes, shots, queries, frozen, rates, draws, select)
-    run = _runner(model, loss, optimizer, classes, shots, queries, frozen, init, steps)
+    run = drawing.runner(_run, model, loss, optimizer, classes, shots, queries, frozen, init, steps)
     together = chunk or (1 if jax.default_backend() == "cpu" else default_chunk(theta.params, len(rates) * select))
     measured = drawing.two_stages(
         key,
@@ -195,12 +194,6 @@ def _checkpoints(classes: int, given: Sequence[int] | None) -> tuple[int, ...]:
     if not found or list(found) != sorted(set(found)) or found[0] < 0 or found[-1] != classes:
         raise ValueError(f"continual: checkpoints must rise from 0 or more to classes, {classes}, got {found}.")
     return found
-
-
-@memoise
-def _runner(*program: Any) -> Callable:
-    """The same object for the same arguments, so that a second call compiles nothing."""
-    return functools.partial(_run, *program)
 
 
 def _run(model, loss, optimizer, classes, shots, queries, frozen, init, checkpoints, shared, key, rate):

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from scipy.stats import t
 
-from jmeta.core import Model, Params
+from jmeta.core import Model, Params, memoise
 from jmeta.mesh import check_mesh, count_devices, replicate, spread
 from jmeta.rules.zap import zap_layer
 from jmeta.tasks.episodes import choose
@@ -59,6 +59,17 @@ def right(forward: Callable, params: Params, examples: jax.Array) -> jax.Array:
         return (forward(params, x).argmax(-1) == label).astype(jnp.float32)
 
     return jax.lax.map(of_class, (jnp.arange(len(examples)), examples))
+
+
+@memoise
+def runner(function: Callable, *program: Any) -> Callable:
+    """A function of what varies, the same object for the same program, so that a second call compiles nothing.
+
+    Args:
+      function: `(*program, shared, key, rate) -> result`.
+      *program: what does not vary.
+    """
+    return functools.partial(function, *program)
 
 
 def two_stages(

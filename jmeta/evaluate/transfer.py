@@ -7,7 +7,6 @@ References:
 Differs from the paper in: the learning rate is chosen on draws of its own; least squares has a small penalty.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jmeta.core import Batch, Model, Theta, evaluate_loss, memoise
+from jmeta.core import Batch, Model, Theta, evaluate_loss
 from jmeta.evaluate import draws as drawing
 from jmeta.evaluate.continual import RATES
 from jmeta.tasks.feeds import epoch_steps, of_epoch
@@ -107,9 +106,9 @@ def transfer(
     drawing.check("transfer", model, theta.params, images, classes, shots, queries, frozen, rates, draws, select)
     solved = method == "least_squares"
     if solved:
-        run = _runner(_solve, model, classes, shots, queries, ridge)
+        run = drawing.runner(_solve, model, classes, shots, queries, ridge)
     else:
-        run = _runner(_run, model, loss, optimizer, classes, shots, queries, method == "probe", init, epochs, size)
+        run = drawing.runner(_run, model, loss, optimizer, classes, shots, queries, method == "probe", init, epochs, size)
     together = chunk or (1 if jax.default_backend() == "cpu" else len(rates) * select)
     shared = theta.params, drawing.on_device(images)
     measured = drawing.two_stages(
@@ -117,12 +116,6 @@ def transfer(
     )
     (test, train), rate, tried = measured
     return Transfer(test, train, rate, tried)
-
-
-@memoise
-def _runner(function: Callable, *program: Any) -> Callable:
-    """The same object for the same arguments, so that a second call compiles nothing."""
-    return functools.partial(function, *program)
 
 
 def _run(model, loss, optimizer, classes, shots, queries, frozen, init, epochs, size, shared, key, rate):

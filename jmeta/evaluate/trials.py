@@ -176,9 +176,7 @@ def _groups(wanted: Sequence[Pattern]) -> list[tuple[int, int, list[Pattern]]]:
     """
     by_lowest: dict[int, list[Pattern]] = {}
     for each in wanted:
-        by_lowest.setdefault(min(row.index(True) for row in (tuple(map(bool, row)) for row in each.rows) if any(row)), []).append(
-            each
-        )
+        by_lowest.setdefault(int(np.any(each.rows, 0).argmax()), []).append(each)
     groups = []
     for lowest, own in by_lowest.items():
         size = -(-len(own) // -(-len(own) // TOGETHER))
