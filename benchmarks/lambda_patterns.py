@@ -222,6 +222,7 @@ def main() -> None:
     parser.add_argument("name", choices=["omniglot-5w1s", "omniglot-5w5s", "caltech-5w5s"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=5000, help="meta-steps")
+    parser.add_argument("--parts", nargs="+", choices=["many", "one"], default=["many", "one"], help="inner steps, many or one")
     parser.add_argument("--source", help="caltech101_84_31each.npz; looked up in JMETA_DATA_DIR")
     parser.add_argument("--runs", type=Path, default=Path("runs") / "lambda_patterns")
     asked = parser.parse_args()
@@ -231,8 +232,8 @@ def main() -> None:
     source = asked.source or (str(place) if place.is_file() else None)
     if source is None and asked.name.startswith("caltech"):
         parser.error("--source must name caltech101_84_31each.npz, or JMETA_DATA_DIR the folder that holds it")
-    parts = {"": many_steps, "-one-step": one_step}
-    for ending, measure in parts.items():
+    parts = {"many": ("", many_steps), "one": ("-one-step", one_step)}
+    for ending, measure in (parts[part] for part in asked.parts):
         for seed in asked.seeds:
             path = RESULTS / f"{asked.name}-{asked.steps}-seed{seed}{ending}.json"
             if path.exists():
