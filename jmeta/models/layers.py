@@ -169,6 +169,16 @@ class BatchNorm(nn.Module):
         return _batch_norm(self.epsilon, x, scale, bias)
 
 
+class _FoldedInstanceNorm(nn.Module):
+    """`nn.InstanceNorm` of the convolution of a kernel with images of the planes `[h * w * C, N, H', W']`; see there."""
+
+    @nn.compact
+    def __call__(self, planes: jax.Array, kernel: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (kernel.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (kernel.shape[-1],))
+        return jax.vmap(lambda own: _folded_batch_norm(EPSILON, own, kernel, scale, bias), 1)(planes)
+
+
 def normalise(norm: Norm, x: jax.Array) -> jax.Array:
     """Applies the normalisation layer of that name, as a submodule called "norm".
 
@@ -226,10 +236,10 @@ def conv_norm(
     """
     x, kernel, bias = promote_dtype(x, *_Kernel(features, size, use_bias, init, name="conv")(x.shape[-1]))
     sides, strides = (size, size), (stride, stride)
-    if norm == "batch" and size * size * x.shape[-1] <= features:
+    if norm in ("batch", "instance") and size * size * x.shape[-1] <= features:
         padding = lax.padtype_to_pads(x.shape[1:3], sides, strides, pad)
         planes = planes_of(x, sides, padding) if stride == 1 else jnp.moveaxis(patches_of(x, sides, strides, padding), -1, 0)
-        return BatchNorm(name="norm")(planes, kernel)
+        return (BatchNorm if norm == "batch" else _FoldedInstanceNorm)(name="norm")(planes, kernel)
     product = task_conv(x, kernel, strides, pad)
     if bias is not None and norm not in ("batch", "support", "instance"):
         product = product + bias

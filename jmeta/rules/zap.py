@@ -18,6 +18,7 @@ References:
 Differs from the papers in: `later_layers` draws what the model's own initialisation draws.
 """
 
+import functools
 import math
 import zlib
 from collections.abc import Callable
@@ -132,7 +133,7 @@ def zap_layer(
     _check_init(init)
     _check_layer(params, layer)
     units = _units(params[layer])
-    here = _marked(chosen, units)
+    here, columns = _marked(chosen, units), _columns(chosen, units)
 
     def one(path, leaf):
         if is_named(path, "kernel"):
@@ -146,7 +147,10 @@ def zap_layer(
         if callable(init):
             return init(own, leaf.shape, leaf.dtype)
         rows = here.sum() if init == "official_iid" else 1
-        return jnp.sqrt(2 / (rows * math.prod(leaf.shape[:-1]))) * jax.random.normal(own, leaf.shape, leaf.dtype)
+        keys = jax.vmap(functools.partial(jax.random.fold_in, own))(columns)
+        drawn = jax.vmap(lambda key: jax.random.normal(key, leaf.shape[:-1], leaf.dtype), out_axes=-1)(keys)
+        drawn = drawn * jnp.sqrt(2 / (rows * math.prod(leaf.shape[:-1]))).astype(leaf.dtype)
+        return drawn if len(columns) == units else jnp.zeros_like(leaf).at[..., columns].set(drawn)
 
     own = params[layer]
     masks, fresh = (jax.tree_util.tree_map_with_path(each, own) for each in (one, draw))
@@ -244,6 +248,12 @@ def _marked(chosen: Any, units: int) -> jax.Array:
     if not jnp.issubdtype(chosen.dtype, jnp.integer):
         raise ValueError(f"zap: classes must be integers or bools, got {chosen.dtype}. Usual cause: the targets of a regression.")
     return (chosen.reshape(-1, 1) == jnp.arange(units)).any(0)
+
+
+def _columns(chosen: Any, units: int) -> jax.Array:
+    """Units for which weights are drawn: those named where they are few, since to draw a whole head takes long; or all."""
+    named = chosen is not None and jnp.asarray(chosen).dtype != bool and jnp.size(chosen) < units
+    return jnp.ravel(jnp.asarray(chosen)) if named else jnp.arange(units)
 
 
 def _lot(key: jax.Array, units: int, fraction: float) -> jax.Array:

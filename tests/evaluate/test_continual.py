@@ -113,9 +113,9 @@ def test_figures_of_a_matrix_by_hand(tmp_path):
 @pytest.mark.parametrize("method", ["finetune", "probe", "least_squares"])
 def test_transfer_learns_classes_apart(key, method):
     images, theta = _images(noise=5), _theta(key)
-    found = jm.transfer(key, NET, jm.xent, theta, images, **HOW, method=method, epochs=30, size=5, rates=[1e-6, 0.03], draws=3)
+    found = jm.transfer(key, NET, jm.xent, theta, images, **HOW, method=method, epochs=60, size=5, rates=[1e-6, 0.01], draws=3)
     assert found.accuracy.shape == (3,) and found.accuracy.mean() > 0.8
-    assert np.isnan(found.rate) if method == "least_squares" else found.rate == 0.03
+    assert np.isnan(found.rate) if method == "least_squares" else found.rate == 0.01
 
 
 def test_least_squares_is_the_solution(key):

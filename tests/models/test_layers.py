@@ -90,8 +90,10 @@ def test_the_derivatives_of_batch_norm_are_those_of_its_formula(key):
 
 
 @pytest.mark.parametrize("tasks", [None, 2], ids=["one task", "vmap"])
-@pytest.mark.parametrize("padding", ["SAME", ((0, 3), (2, 1))])
-@pytest.mark.parametrize(("channels", "stride"), [(1, 2), (8, 2), (3, 1)])
+@pytest.mark.parametrize(
+    ("channels", "stride", "padding"),
+    [(1, 2, "SAME"), (8, 2, "SAME"), (8, 2, ((0, 3), (2, 1))), (3, 1, "SAME"), (3, 1, "VALID"), (1, 1, ((0, 3), (2, 1)))],
+)
 def test_the_derivatives_of_task_conv_are_those_of_the_convolution(key, channels, stride, padding, tasks):
     options = {"window_strides": (stride, stride), "padding": padding}
 
@@ -122,19 +124,20 @@ def test_forward_derivatives_of_a_convolution_of_stride_1_are_its_backward_ones(
         np.testing.assert_allclose(jax.jacfwd(jax.grad(value))(kernel), jax.jacrev(jax.grad(value))(kernel), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize(("norm", "axes"), [("batch", (0, 1, 2)), ("instance", (1, 2))])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_normalisation_folded_into_a_first_kernel_changes_nothing(key, stride):
+def test_normalisation_folded_into_a_first_kernel_changes_nothing(key, stride, norm, axes):
     class Folded(nn.Module):
         @nn.compact
         def __call__(self, x):
-            return conv_norm("batch", x, 32, stride=stride)
+            return conv_norm(norm, x, 32, stride=stride)
 
     def plain(params, x):
         y = lax.conv_general_dilated(
             x, params["conv"]["kernel"], (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
         y = y + params["conv"]["bias"]
-        y = (y - y.mean((0, 1, 2))) / jnp.sqrt(y.var((0, 1, 2)) + 1e-5)
+        y = (y - y.mean(axes, keepdims=True)) / jnp.sqrt(y.var(axes, keepdims=True) + 1e-5)
         return y * params["norm"]["scale"] + params["norm"]["bias"]
 
     def derivatives(function, params, x):

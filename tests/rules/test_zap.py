@@ -52,6 +52,16 @@ def test_traced_classes_under_jit_and_vmap(key):
     chex.assert_trees_all_equal(again, jm.zap_layer(keys[0], params, "head", 0))
 
 
+def test_a_class_is_drawn_the_same_whatever_is_drawn_beside_it(key):
+    params = NET.init(key)
+    everything = jm.zap_layer(key, params, "head")["head"]["kernel"]
+    for chosen in (1, [1, 1], [1, 2, 1, 2]):
+        some = jm.zap_layer(key, params, "head", jnp.array(chosen))["head"]["kernel"]
+        np.testing.assert_array_equal(some[:, 1], everything[:, 1])
+        np.testing.assert_array_equal(some[:, 0], params["head"]["kernel"][:, 0])
+    assert (everything[:, 1] != everything[:, 2]).all()
+
+
 @pytest.mark.parametrize(
     ("init", "classes", "expected"), [("he_normal", 20, (2 / 500) ** 0.5), ("official_iid", 20, (2 / 1e4) ** 0.5)]
 )
