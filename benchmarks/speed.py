@@ -1,4 +1,4 @@
-"""Time and memory of MAML: jmeta and every peer that is installed, on the same weights and the same episodes.
+"""Time and memory of MAML and of ASB: jmeta and every peer that is installed, on the same weights and the same episodes.
 
     python benchmarks/speed.py                                        every row
     python benchmarks/speed.py --rows omniglot-5w1s --orders 2        one row
@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from chart import draw  # pyright: ignore[reportMissingImports]
 from flax.traverse_util import flatten_dict
 from machine import bandwidth, machine, matrix_rate, results, seconds_of  # pyright: ignore[reportMissingImports]
@@ -43,6 +44,7 @@ from jmeta.mesh import count_devices, replicate, share, spread
 from jmeta.train import batch_gradient
 
 TOLERANCE = 1e-6
+ADAM_RATE = 1e-3  # of an episode of ASB
 CHECKED = 32  # tasks of the check, which in float64 takes long
 REST = 0.2  # seconds before each turn, in which the threads of the one before it stop spinning
 TURN = 1.0  # seconds of calls one after another that a turn lasts at least
@@ -76,7 +78,7 @@ def arguments() -> argparse.Namespace:
 def jmeta_contender(work: Work, theta: jm.Theta, batch: jm.Task, seed: int) -> Contender:
     """As `jmeta train` and `jmeta eval` compute it: tasks spread over the devices, and the chunk that `fit` would choose."""
     mesh = jm.task_mesh(share(work.tasks, jax.device_count()))
-    make = {"train": _gradient, "adapt": _adaptation, "evaluate": _evaluation}[work.kind]
+    make = {"train": _gradient, "adapt": _adaptation, "evaluate": _evaluation, "asb": _alternation}[work.kind]
     run = make(work, learner_of(work), mesh, theta, batch, seed)
     return Contender(lambda: jax.block_until_ready(run()), lambda result: jax.tree.map(np.asarray, flatten_dict(result, sep="/")))
 
@@ -116,18 +118,39 @@ def _evaluation(work: Work, learner: jm.MetaLearner, mesh: Any, theta: jm.Theta,
     return lambda: {"accuracy": np.array(evaluate().mean)}
 
 
+def _alternation(work: Work, learner: jm.MetaLearner, mesh: Any, theta: jm.Theta, batch: jm.Task, seed: int) -> Callable:
+    """The parameters after all episodes of ASB, one after another in one program, as `jm.fit` takes them."""
+    outer = optax.adam(ADAM_RATE)
+
+    def episode(carry, task):
+        theta, state = carry
+        base, gradient, _ = learner.grad(jax.random.key(0), theta, task, meta_step=0)
+        updates, state = outer.update(gradient.params, state, base.params)
+        return (base._replace(params=optax.apply_updates(base.params, updates)), state), None
+
+    @jax.jit
+    def program(theta, batch):
+        (theta, _), _ = jax.lax.scan(episode, (theta, outer.init(theta.params)), batch)
+        return theta.params
+
+    return lambda: program(theta, batch)
+
+
 def contender(name: str, work: Work, theta: jm.Theta, batch: jm.Task, seed: int) -> Contender:
     """The contender of that name.
 
     Raises:
-      ImportError: a peer is not installed.
+      ImportError: a peer is not installed, or does not do this work.
     """
     if name == "jmeta":
         return jmeta_contender(work, theta, batch, seed)
-    module, options = PEERS[name]
+    module, options = ("torch_asb", {}) if work.kind == "asb" else PEERS[name]
     params = jax.tree.map(np.asarray, flatten_dict(theta.params, sep="/"))
     episodes = tuple(map(np.asarray, (batch.support.x, batch.support.y, batch.query.x, batch.query.y)))
-    return importlib.import_module(f"peers.{module}").contenders(work, params, episodes, **options)[name]
+    found = importlib.import_module(f"peers.{module}").contenders(work, params, episodes, **options)
+    if name not in found:
+        raise ImportError(f"{name} is not raced at this work")
+    return found[name]
 
 
 def serve(name: str, work: Work, seed: int) -> None:

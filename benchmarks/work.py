@@ -10,11 +10,13 @@ import jmeta as jm
 
 
 class Work(NamedTuple):
-    """MAML on one kind of episode.
+    """MAML on one kind of episode, or episodes of ASB.
 
     Attributes:
-      kind: "train" for a meta-gradient, "adapt" for adaptation alone, "evaluate" for few-shot accuracy end to end.
-      network: "mlp" of 40-40, "conv4" with stride 2 and a mean over the last map, or "pooled", conv4 with max-pooling.
+      kind: "train" for a meta-gradient, "adapt" for adaptation alone, "evaluate" for few-shot accuracy end to end, "asb" for
+        episodes of ASB one after another, each with its step of Adam: shots are the images of the sequence, queries those of the
+        remember set, ways the outputs.
+      network: "mlp" of 40-40, "conv4" with stride 2 and a mean over the last map, "pooled", conv4 with max-pooling, or "conv3".
       shape: of one input.
       filters: channels of each convolution.
       ways, shots, queries: of an episode; queries for each class. For sine waves, points of the support and of the query set.
@@ -24,7 +26,7 @@ class Work(NamedTuple):
       order: 1 or 2.
     """
 
-    network: Literal["mlp", "conv4", "pooled"]
+    network: Literal["mlp", "conv4", "pooled", "conv3"]
     shape: tuple[int, ...]
     filters: int
     ways: int
@@ -34,7 +36,7 @@ class Work(NamedTuple):
     tasks: int
     rate: float
     order: int = 2
-    kind: Literal["train", "adapt", "evaluate"] = "train"
+    kind: Literal["train", "adapt", "evaluate", "asb"] = "train"
 
 
 _OMNIGLOT = Work("conv4", (28, 28, 1), 64, 5, 1, 15, 1, 32, 0.4)
@@ -47,11 +49,14 @@ ROWS = {
     "adapt 1000": _OMNIGLOT._replace(kind="adapt", order=1, tasks=1000),
     "evaluate 1000": _OMNIGLOT._replace(kind="evaluate", order=1, tasks=1000),
     "omniglot-5w1s-5steps": _OMNIGLOT._replace(steps=5, rate=0.1),
+    "asb-64": Work("conv3", (28, 28, 1), 64, 964, 20, 64, 20, 10, 1e-3, 1, "asb"),
 }
 
 
 def learner_of(work: Work) -> jm.MetaLearner:
-    """MAML with the network of that work."""
+    """MAML, or ASB without its reset, with the network of that work."""
+    if work.kind == "asb":
+        return jm.asb(jm.conv3(work.ways, filters=work.filters), jm.xent, optax.sgd(work.rate), jm.one_by_one(work.steps))
     if work.network == "mlp":
         model, loss = jm.mlp(1), jm.mse
     else:
@@ -67,11 +72,14 @@ def tasks_of(work: Work) -> jm.Tasks:
         return jm.sinusoid(work.shots, work.queries)
     if work.network == "pooled":
         return jm.Tasks(lambda key, data: noise(key, None, work))
+    asb = work.kind == "asb"
     try:
-        images = jm.omniglot().train
+        images = jm.omniglot(split="background" if asb else "customary", rotate=not asb).train
     except (FileNotFoundError, ConnectionError) as error:
         print(f"glyphs instead of Omniglot: {error}")
         images = jm.glyphs().train
+    if asb:
+        return jm.streams(images, work.shots, work.queries)
     return jm.episodes(images, work.ways, work.shots, work.queries)
 
 
@@ -113,6 +121,12 @@ def layers(work: Work) -> list[Layer]:
     if work.network == "mlp":
         return [Layer(40, 1, 40), Layer(40 * 40, 40, 40), Layer(40, 40, 1)]
     side, channels, found = work.shape[0], work.shape[-1], []
+    if work.network == "conv3":
+        for number in range(3):
+            outputs = side - 2
+            found.append(Layer(outputs**2 * 9 * channels * work.filters, side**2 * channels, outputs**2 * work.filters))
+            side, channels = outputs // 2 if number < 2 else outputs, work.filters
+        return [*found, Layer(side**2 * channels * work.ways, side**2 * channels, work.ways)]
     for _ in range(4):
         stride = 1 if work.network == "pooled" else 2
         outputs = -(-side // stride)
@@ -122,15 +136,23 @@ def layers(work: Work) -> list[Layer]:
     return [*found, Layer(features * work.ways, features, work.ways)]
 
 
+def examples(work: Work) -> tuple[int, int]:
+    """Examples of a task's support and query set."""
+    if work.kind == "asb":
+        return work.shots, work.shots + work.queries
+    return work.shots * work.ways, work.queries * work.ways
+
+
 def _passes(work: Work) -> list[tuple[int, int, int]]:
     """Pairs of counts, `(examples, products of the first layer, of the others)`, of all that one task does.
 
     A layer's way forward is one product, its way back two: the gradients of weights and of inputs, of which a first layer needs the
     first alone. Each product has two factors, so differentiating an inner step once more takes twice its products again.
     """
-    support, query = work.shots * work.ways * work.steps, work.queries * work.ways
-    inner = (support, 4, 9) if work.order == 2 and work.kind == "train" else (support, 2, 3)
-    outer = {"train": (query, 2, 3), "adapt": (0, 0, 0), "evaluate": (query, 1, 1)}[work.kind]
+    support, query = examples(work)
+    seen = support if work.kind == "asb" else support * work.steps
+    inner = (seen, 4, 9) if work.order == 2 and work.kind == "train" else (seen, 2, 3)
+    outer = {"train": (query, 2, 3), "asb": (query, 2, 3), "adapt": (0, 0, 0), "evaluate": (query, 1, 1)}[work.kind]
     return [inner, outer]
 
 

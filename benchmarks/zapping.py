@@ -76,7 +76,7 @@ def learn(setting: str, model: jm.Model, theta: jm.Theta, unseen: jm.Images, cla
     else:
         found = jm.continual(key, model, jm.xent, theta, unseen, frozen=setting == "frozen", **how)
         scores = found.matrix[:, -1].mean(-1)
-        running = np.where(np.isnan(found.running), None, found.running).tolist()
+        running = [[None if np.isnan(each) else each for each in row] for row in found.running.tolist()]
         own = {"checkpoints": found.checkpoints, "running": running, "forgetting": found.forgetting}
     mean, half = interval(scores)
     about = {"mean": mean, "interval95": half, "accuracy": scores.tolist(), "rate": found.rate}

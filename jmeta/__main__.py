@@ -1,4 +1,4 @@
-"""The command line: `jmeta train [PRESET]`, `eval`, `adapt`, `search`, `presets`, `data`, `plot`, `bench`."""
+"""The command line: `jmeta train [PRESET]`, `eval`, `adapt`, `search`, `presets`, `data`, `plot`, `compare`, `bench`."""
 
 import dataclasses
 import sys
@@ -21,6 +21,7 @@ USAGE = """usage: jmeta COMMAND ...
   presets                          list the presets
   data NAME                        render glyphs or fetch omniglot, and show what is there
   plot RUN                         draw learning curve, inner steps and an episode
+  compare RESULT ... --out FILE    draw continual results, accuracy against classes learned, in one picture
   bench [speed|growth|overhead|frozen]   time jmeta and peers; how cost grows; what is beside it; what frozen layers save
 
 `jmeta COMMAND --help` lists the options; `jmeta train PRESET --help` shows all fields of a preset."""
@@ -85,7 +86,8 @@ def _parse(prog: str, args: list[str], default: Any) -> tuple[_Where, Any]:
 def main() -> None:
     """Runs one command; expected errors are printed in one line and exit with 1."""
     args = sys.argv[1:]
-    shown = {"eval": commands.evaluate, "adapt": commands.adapt, "search": commands.search, "plot": commands.plot}
+    shown: dict[str, Any] = {"eval": commands.evaluate, "adapt": commands.adapt, "search": commands.search}
+    shown |= {"plot": commands.plot, "compare": commands_pretrain.compare}
     silent = {"presets": commands.show_presets, "data": commands.data}
     if not args or args[0] in ("-h", "--help"):
         print(USAGE)

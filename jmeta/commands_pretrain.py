@@ -1,6 +1,7 @@
-"""What the command line does with pre-training: `jmeta train zap-asb-omniglot`, `jmeta eval RUN --protocol continual`."""
+"""What the command line does with pre-training: `jmeta train zap-asb-omniglot`, `eval RUN --protocol continual`, `compare`."""
 
 import dataclasses
+import json
 import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -114,6 +115,30 @@ def evaluate(
     return path
 
 
+def compare(results: Annotated[tuple[str, ...], tyro.conf.Positional], *, out: str) -> Path:
+    """Draws the accuracy on the classes learned so far, a curve for each result of `--protocol continual`.
+
+    Args:
+      results: its JSON files; a folder of a run stands for its result.json.
+      out: the PNG to write, which must not be there yet.
+
+    Returns:
+      The PNG.
+    """
+    files = [path / "result.json" if (path := Path(each)).is_dir() else path for each in results]
+    if not files:
+        raise ValueError("compare: name at least one JSON file of jmeta eval RUN --protocol continual, or a folder of a run.")
+    if Path(out).exists():
+        raise FileExistsError(f"compare: {out} exists already; give --out another name.")
+    found = [json.loads(path.read_text()) for path in files]
+    wrong = [str(path) for path, each in zip(files, found, strict=True) if not {"running", "checkpoints"} <= set(each)]
+    if wrong:
+        raise ValueError(f"compare: {', '.join(wrong)}: no result of --protocol continual.")
+    curves = {str(path): (each["checkpoints"], np.array(each["running"], float)) for path, each in zip(results, found, strict=True)}
+    plot.by_classes(curves, Path(out))
+    return Path(out)
+
+
 def _report(found: Continual | Transfer, about: dict[str, Any], path: Path) -> None:
     """Writes a result that can stand alone, and a picture of continual's, and prints it."""
     shared = {"rate": found.rate, "tried": {f"{rate:g}": score for rate, score in found.tried.items()}}
@@ -122,7 +147,7 @@ def _report(found: Continual | Transfer, about: dict[str, Any], path: Path) -> N
         own = {
             "classes": found.matrix.shape[-1],
             "checkpoints": found.checkpoints,
-            "running": np.nanmean(found.running[:, 1:], 0).tolist(),
+            "running": [[None if np.isnan(each) else each for each in row] for row in found.running.tolist()],
         }
         own |= {"forgetting": found.forgetting, "backward": found.backward, "matrix": found.matrix.mean(0).tolist()}
         found.plot(path.with_suffix(".png"))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.special import stdtrit
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
@@ -133,14 +134,26 @@ def by_classes(curves: dict[str, tuple[Sequence[int], np.ndarray]], path: Path) 
       curves: for each method its checkpoints and the accuracies `[draws, checkpoints]`, as `Continual.running` has them.
       path: the PNG to write.
     """
+    bands(curves, path, "classes learned", "accuracy on them, 95 % bands")
+
+
+def bands(curves: dict[str, tuple[Sequence[int], np.ndarray]], path: Path, xlabel: str, ylabel: str) -> None:
+    """Draws the means of accuracies with the 95 % intervals around them, by Student's t.
+
+    Args:
+      curves: for each name its places and the accuracies `[runs, places]`; places where all are NaN are left out.
+      path: the PNG to write.
+      xlabel: what the places are.
+      ylabel: what the accuracies are.
+    """
     figure, axes = _figure(6, 4)
     for number, (name, (checkpoints, values)) in enumerate(curves.items()):
         there = ~np.isnan(values).all(0)
         x, y = np.array(checkpoints)[there], values[:, there]
-        half = 1.96 * y.std(0, ddof=1) / np.sqrt(len(y)) if len(y) > 1 else np.zeros(len(x))
+        half = stdtrit(len(y) - 1, 0.975) * y.std(0, ddof=1) / np.sqrt(len(y)) if len(y) > 1 else np.zeros(len(x))
         axes.plot(x, y.mean(0), color=f"C{number}", label=name)
         axes.fill_between(x, y.mean(0) - half, y.mean(0) + half, color=f"C{number}", alpha=0.2, linewidth=0)
-    axes.set(xlabel="classes learned", ylabel="accuracy on them, 95 % bands", ylim=(0, 1))
+    axes.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, 1))
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

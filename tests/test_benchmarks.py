@@ -21,16 +21,18 @@ def work():
     return module
 
 
-@pytest.mark.parametrize("order", [1, 2])
-@pytest.mark.parametrize("row", ["sinusoid", "omniglot-5w1s", "colour84-5w5s"])
+@pytest.mark.parametrize(
+    ("row", "order"), [("asb-64", 1), *((row, order) for row in ("sinusoid", "omniglot-5w1s", "colour84-5w5s") for order in (1, 2))]
+)
 def test_operations_are_those_of_the_program(key, work, row, order):
     small = work.ROWS[row]._replace(order=order, steps=2, queries=2, filters=8)
     if small.network == "pooled":
         small = small._replace(shape=(32, 32, 3))
+    if small.kind == "asb":
+        small = small._replace(shots=2, ways=20)
     learner = work.learner_of(small)
     theta = jax.eval_shape(learner.init, key)
-    inputs = jax.ShapeDtypeStruct((small.shots * small.ways, *small.shape), "float32")
-    queries = jax.ShapeDtypeStruct((small.queries * small.ways, *small.shape), "float32")
+    inputs, queries = (jax.ShapeDtypeStruct((count, *small.shape), "float32") for count in work.examples(small))
     labels = [
         jax.ShapeDtypeStruct(x.shape[:1] if small.network != "mlp" else x.shape, "int32" if small.network != "mlp" else "float32")
         for x in (inputs, queries)

@@ -176,7 +176,7 @@ def test_bad_input_ends_in_one_clear_line(place, args, message):
 
 
 def test_importing_is_light():
-    heavy = ("tensorflow", "matplotlib", "tensorflow_datasets", "orbax", "tyro")
+    heavy = ("tensorflow", "matplotlib", "tensorflow_datasets", "orbax", "tyro", "scipy.stats")
     code = f"import sys, jmeta; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1], check=True)
     assert done.stdout.strip() == "[]"
@@ -220,4 +220,11 @@ def test_pretraining_is_zapped_resumed_and_evaluated_both_ways(place):
         assert done.returncode == 0, done.stderr
         written = json.loads((place / done.stdout.splitlines()[-1]).read_text())
         assert written["protocol"] == protocol[0] and written["draws"] == 2 and written["config"]["steps"] == 6
+        results = ["zapped", done.stdout.splitlines()[-1]]
+        if protocol[0] == "continual":
+            assert _jmeta("compare", *results, "--out", "both.png", cwd=place).returncode == 0
+            assert (place / "both.png").stat().st_size > 1000
+            assert "exists already" in _fails("compare", *results, "--out", "both.png", cwd=place)
+        else:
+            assert "no result of --protocol continual" in _fails("compare", *results, "--out", "other.png", cwd=place)
     assert "is one of pre-training" in _fails("eval", "zapped", cwd=place)

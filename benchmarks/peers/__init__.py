@@ -17,7 +17,8 @@ class Contender(NamedTuple):
     """One implementation: `run()` waits for its result, of which `read(result)` makes `{name: array}`.
 
     For `work.kind` "train" these are the gradients of the mean query loss and, as "loss", that loss; for "adapt" the means over the
-    tasks of the adapted parameters; for "evaluate" the mean query accuracy after adaptation, as "accuracy".
+    tasks of the adapted parameters; for "evaluate" the mean query accuracy after adaptation, as "accuracy"; for "asb" the
+    parameters after the last episode.
     """
 
     run: Callable[[], Any]

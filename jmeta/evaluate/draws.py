@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from scipy.stats import t
+from scipy.special import stdtrit
 
 from jmeta.core import Model, Params, memoise
 from jmeta.mesh import check_mesh, count_devices, replicate, spread
@@ -131,7 +131,7 @@ def _padded(program: Callable, keys: jax.Array, rates: jax.Array, devices: int) 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
     """Mean and half width of its 95 % interval by Student's t, since draws are few; NaN of a single value."""
-    half = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
+    half = stdtrit(len(values) - 1, 0.975) * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
     return float(values.mean()), float(half)
 
 
