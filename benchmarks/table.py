@@ -8,10 +8,16 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
+
+from jmeta.evaluate.draws import interval
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 NAMES = {"maml": "MAML", "fomaml": "FOMAML", "anil": "ANIL", "meta-sgd": "Meta-SGD", "boil": "BOIL", "sparse": "sparse-MAML"}
+ZAPPED = {"iid": "i.i.d.", "iid-zap": "i.i.d., zapped", "asb": "ASB", "asb-zap": "ASB, zapped"}
+ZAPPED |= {"meta-asb": "Meta-ASB", "meta-asb-zap": "Meta-ASB, zapped", "oml": "OML", "anml": "ANML"}
 
 
 def omniglot() -> str:
@@ -203,6 +209,43 @@ def _patterns(results: list[dict], place: str, texts: list[list[str]]) -> str:
     return f"{figures} | {100 * gain:+.1f} ± {100 * interval:.1f}"
 
 
+def zapping() -> str:
+    """Unseen classes learned in every setting: a row for each width, number of sequences and method, means over seeds."""
+    groups = defaultdict(list)
+    for path in sorted((RESULTS / "zapping").glob("*-seed?.json")):
+        result = json.loads(path.read_text())
+        config = result["config"]
+        groups[config["filters"], result["method"], config["steps"]].append(result)
+    settings = list(dict.fromkeys(name for results in groups.values() for each in results for name in each["settings"]))
+    lines = _head(("method", "width", "steps", "minutes", "seeds", *settings))
+    order = list(ZAPPED)
+    for (filters, method, steps), results in sorted(groups.items(), key=lambda row: (row[0][0], order.index(row[0][1]), row[0][2])):
+        minutes = sum(each["seconds_per_step"] * steps / 60 for each in results) / len(results)
+        cells = (_over_seeds([each["settings"][name]["mean"] for each in results if name in each["settings"]]) for name in settings)
+        lines.append(f"| {ZAPPED[method]} | {filters} | {steps:,} | {minutes:.0f} | {len(results)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plasticity() -> str:
+    """A stream of shuffled images: a row for each optimiser, accuracy over its first and last tasks, means over seeds."""
+    rows = json.loads((RESULTS / "plasticity.json").read_text())
+    lines = _head(("optimiser", "seeds", "first 20 tasks", "last 20 tasks", "change"))
+    for name, row in rows.items():
+        scores = [each["accuracy"] for each in row["seeds"].values()]
+        first, last = ([sum(part) / len(part) for part in parts] for parts in ([s[:20] for s in scores], [s[-20:] for s in scores]))
+        change = _over_seeds([after - before for before, after in zip(first, last, strict=True)], "+.3f")
+        lines.append(f"| {name} | {len(scores)} | {_over_seeds(first)} | {_over_seeds(last)} | {change} |")
+    return "\n".join(lines)
+
+
+def _over_seeds(means: list[float], form: str = ".3f") -> str:
+    """The mean of seeds with its 95 % interval by Student's t; a dash where there is none."""
+    if not means:
+        return "-"
+    mean, half = interval(np.array(means))
+    return f"{mean:{form}}" + (f" ± {half:.3f}" if len(means) > 1 else "")
+
+
 def _head(titles: Iterable[str]) -> list[str]:
     """The first two lines of a table."""
     titles = list(titles)
@@ -211,7 +254,7 @@ def _head(titles: Iterable[str]) -> list[str]:
 
 def fill(text: str) -> str:
     """A page with every marked table as the results have it."""
-    for make in (omniglot, sinusoid, speed, reach, needs, growth, overhead, frozen, lambda_patterns):
+    for make in (omniglot, sinusoid, speed, reach, needs, growth, overhead, frozen, lambda_patterns, zapping, plasticity):
         mark = f"<!-- table: {make.__name__} -->"
         if mark in text:
             before, _, after = text.split(mark)

