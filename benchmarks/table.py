@@ -112,7 +112,7 @@ def reach() -> str:
             f"{row['operations'] / 1e9:.3g}",
             f"{row['tasks_per_second']:.3g}",
             f"{100 * row['share_of_rate']:.0f} %",
-            f"{100 * row['share_of_roofline']:.0f} %",
+            f"{100 * row['share_of_roofline']:.0f} %" if "share_of_roofline" in row else "-",
             f"{ratios[best]:.2f}x ({best})",
             "-" if plain is None else f"{plain:.2f}x",
         )
@@ -210,29 +210,71 @@ def _patterns(results: list[dict], place: str, texts: list[list[str]]) -> str:
 
 
 def zapping() -> str:
-    """Unseen classes learned in every setting: a row for each width, number of sequences and method, means over seeds."""
-    groups = defaultdict(list)
-    for path in sorted((RESULTS / "zapping").glob("*-seed?.json")):
-        result = json.loads(path.read_text())
-        config = result["config"]
-        groups[config["filters"], result["method"], config["steps"]].append(result)
-    settings = list(dict.fromkeys(name for results in groups.values() for each in results for name in each["settings"]))
-    lines = _head(("method", "width", "steps", "minutes", "seeds", *settings))
-    order = list(ZAPPED)
-    for (filters, method, steps), results in sorted(groups.items(), key=lambda row: (row[0][0], order.index(row[0][1]), row[0][2])):
+    """Unseen classes learned in every setting: a row for each width and method, means over seeds."""
+    return _unseen(list(ZAPPED)[:6])
+
+
+def references() -> str:
+    """The same of OML and ANML."""
+    return _unseen(list(ZAPPED)[6:])
+
+
+def _unseen(methods: list[str]) -> str:
+    groups = _zapped(methods)
+    tests = sorted({name for results in groups.values() for each in results for name in each["settings"]}, key=_place)
+    lines = _head(("method", "width", "steps", "images", "minutes", "seeds", *tests))
+    for (filters, method, steps), results in groups.items():
+        config = results[0]["config"]
+        images = steps * (config["size"] if method.startswith("iid") else config["sequence"] + config["remember"])
         minutes = sum(each["seconds_per_step"] * steps / 60 for each in results) / len(results)
-        cells = (_over_seeds([each["settings"][name]["mean"] for each in results if name in each["settings"]]) for name in settings)
-        lines.append(f"| {ZAPPED[method]} | {filters} | {steps:,} | {minutes:.0f} | {len(results)} | {' | '.join(cells)} |")
+        cells = (_over_seeds([each["settings"][test]["mean"] for each in results if test in each["settings"]]) for test in tests)
+        first = f"{ZAPPED[method]} | {filters} | {steps:,} | {images:,} | {minutes:.0f} | {len(results)}"
+        lines.append(f"| {first} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
+def gains() -> str:
+    """What zapping adds, and what ASB lacks of Meta-ASB, both zapped: paired by seed, which share classes and images."""
+    groups = _zapped(list(ZAPPED)[:6])
+    tests = sorted({name for results in groups.values() for each in results for name in each["settings"]}, key=_place)
+    means: dict[tuple, dict[int, float]] = defaultdict(dict)
+    for (filters, method, _), results in groups.items():
+        for each in results:
+            for test, found in each["settings"].items():
+                means[filters, method, test][each["config"]["seed"]] = found["mean"]
+    lines = _head(("difference", "width", *tests))
+    pairs = [("iid-zap", "iid"), ("asb-zap", "asb"), ("meta-asb-zap", "meta-asb"), ("asb-zap", "meta-asb-zap")]
+    for filters in dict.fromkeys(key[0] for key in groups):
+        for one, other in pairs:
+            both = [(means[filters, one, test], means[filters, other, test]) for test in tests]
+            cells = (_over_seeds([mine[seed] - theirs[seed] for seed in mine if seed in theirs], "+.3f") for mine, theirs in both)
+            lines.append(f"| {ZAPPED[one]} - {ZAPPED[other]} | {filters} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _zapped(methods: list[str]) -> dict[tuple[int, str, int], list[dict]]:
+    """Results of `zapping.py` by width, method and steps, in that order."""
+    groups = defaultdict(list)
+    for path in sorted((RESULTS / "zapping").glob("*-seed*.json")):
+        result = json.loads(path.read_text())
+        if result["method"] in methods and "diverged" not in result:
+            groups[result["config"]["filters"], result["method"], result["config"]["steps"]].append(result)
+    return dict(sorted(groups.items(), key=lambda group: (group[0][0], methods.index(group[0][1]), group[0][2])))
+
+
+def _place(test: str) -> tuple[int, int]:
+    """Where a column such as "frozen 10" stands."""
+    setting, classes = test.split()
+    return ("frozen", "unfrozen", "fine-tuned").index(setting), int(classes)
+
+
 def plasticity() -> str:
-    """A stream of shuffled images: a row for each optimiser, accuracy over its first and last tasks, means over seeds."""
+    """A stream of shuffled images: a row for each optimiser, accuracy on its first task and over its last, means over seeds."""
     rows = json.loads((RESULTS / "plasticity.json").read_text())
-    lines = _head(("optimiser", "seeds", "first 20 tasks", "last 20 tasks", "change"))
+    lines = _head(("optimiser", "seeds", "first task", "last 20 tasks", "change"))
     for name, row in rows.items():
         scores = [each["accuracy"] for each in row["seeds"].values()]
-        first, last = ([sum(part) / len(part) for part in parts] for parts in ([s[:20] for s in scores], [s[-20:] for s in scores]))
+        first, last = [each[0] for each in scores], [sum(each[-20:]) / 20 for each in scores]
         change = _over_seeds([after - before for before, after in zip(first, last, strict=True)], "+.3f")
         lines.append(f"| {name} | {len(scores)} | {_over_seeds(first)} | {_over_seeds(last)} | {change} |")
     return "\n".join(lines)
@@ -254,7 +296,21 @@ def _head(titles: Iterable[str]) -> list[str]:
 
 def fill(text: str) -> str:
     """A page with every marked table as the results have it."""
-    for make in (omniglot, sinusoid, speed, reach, needs, growth, overhead, frozen, lambda_patterns, zapping, plasticity):
+    for make in (
+        omniglot,
+        sinusoid,
+        speed,
+        reach,
+        needs,
+        growth,
+        overhead,
+        frozen,
+        lambda_patterns,
+        zapping,
+        references,
+        gains,
+        plasticity,
+    ):
         mark = f"<!-- table: {make.__name__} -->"
         if mark in text:
             before, _, after = text.split(mark)

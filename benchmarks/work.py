@@ -8,6 +8,8 @@ import optax
 
 import jmeta as jm
 
+ADAM_RATE = 1e-3  # of an episode of ASB
+
 
 class Work(NamedTuple):
     """MAML on one kind of episode, or episodes of ASB.

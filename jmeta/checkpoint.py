@@ -6,6 +6,7 @@ command line adds. Orbax writes a checkpoint beside and renames it, so one that 
 
 import dataclasses
 import json
+import math
 import os
 import platform
 import time
@@ -58,6 +59,15 @@ def write_json(path: Path, value: Any) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
     os.replace(part, path)
+
+
+def without_nan(value: Any) -> Any:
+    """Dicts and lists with None for NaN, which JSON does not know."""
+    if isinstance(value, dict):
+        return {name: without_nan(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def plain(config: Any) -> Any:

@@ -41,8 +41,12 @@ def train(config: Pretrain, workdir: str | Path | None = None, *, name: str = "r
     folder = Path(workdir) if workdir else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     checkpoint.check_workdir(folder, resume)
     images, unseen = pretrain.make_images(config)
-    if config.test_classes > len(unseen.names):
-        raise ValueError(f"train: test_classes is {config.test_classes}, but there are {len(unseen.names)} unseen classes.")
+    most = min(len(unseen.names), len(images.names))
+    if not 1 <= config.test_classes <= most or config.test_draws < 1:
+        raise ValueError(
+            f"train: test_classes must be from 1 to {most}, the unseen classes and the head's outputs, and test_draws at least 1, "
+            f"got {config.test_classes} and {config.test_draws}."
+        )
     learner, outer = pretrain.make_learner(config, len(images.names)), pretrain.make_outer(config, len(images.pixels))
     done = fit(
         jax.random.key(config.seed),
@@ -74,8 +78,8 @@ def evaluate(
     shots: int = 15,
     queries: int = 5,
     frozen: bool = False,
-    method: Literal["finetune", "probe", "least_squares"] = "finetune",
-    epochs: int = 1,
+    method: Literal["finetune", "probe", "least_squares"] | None = None,
+    epochs: int | None = None,
     draws: int = 10,
     rates: tuple[float, ...] = RATES,
     seed: int = 0,
@@ -90,8 +94,8 @@ def evaluate(
       shots: images of a class learned from.
       queries: other images of a class, tested on.
       frozen: whether the head alone learns, in continual.
-      method: what learns in transfer: all layers, the head alone, or a head that is solved for.
-      epochs: how often each image is seen in transfer.
+      method: what learns in transfer: all layers (if not given), the head alone, or a head that is solved for.
+      epochs: how often each image is seen in transfer; once if not given.
       draws: of classes and images; as many others choose the rate.
       rates: learning rates to choose from.
       seed: of the draws.
@@ -99,16 +103,21 @@ def evaluate(
 
     Returns:
       The JSON file written into the run's folder, beside which a picture of continual's accuracies lies.
+
+    Raises:
+      ValueError: an option is the other protocol's, or as `jmeta.continual` and `jmeta.transfer` say.
     """
+    strange = {"continual": {"method": method, "epochs": epochs}, "transfer": {"frozen": frozen or None}}[protocol]
+    if given := [f"--{name}" for name, value in strange.items() if value is not None]:
+        raise ValueError(f"eval: {' and '.join(given)} is not for --protocol {protocol}.")
     config, model, _, theta = pretrain.read(run)
     unseen, key = pretrain.make_images(config)[1], jax.random.fold_in(jax.random.key(seed), TEST_KEY)
     how: dict[str, Any] = {"classes": classes, "shots": shots, "queries": queries, "draws": draws, "rates": rates}
     how["mesh"] = task_mesh(devices)
+    about: dict[str, Any] = {"method": method or "finetune", "epochs": 1 if epochs is None else epochs}
     if protocol == "continual":
-        found, about = continual(key, model, xent, theta, unseen, frozen=frozen, **how), {"frozen": frozen}
-    else:
-        found = transfer(key, model, xent, theta, unseen, method=method, epochs=epochs, **how)
-        about = {"method": method, "epochs": epochs}
+        about = {"frozen": frozen}
+    found = {"continual": continual, "transfer": transfer}[protocol](key, model, xent, theta, unseen, **about, **how)
     path = checkpoint.fresh(Path(run), f"eval-{protocol}", "json")
     about |= {"protocol": protocol, "shots": shots, "queries": queries, "test_seed": seed, "config": dataclasses.asdict(config)}
     _report(found, about, path)
@@ -128,15 +137,25 @@ def compare(results: Annotated[tuple[str, ...], tyro.conf.Positional], *, out: s
     files = [path / "result.json" if (path := Path(each)).is_dir() else path for each in results]
     if not files:
         raise ValueError("compare: name at least one JSON file of jmeta eval RUN --protocol continual, or a folder of a run.")
+    if Path(out).suffix != ".png":
+        raise ValueError(f"compare: --out must be a file's name that ends in .png, got {out}.")
     if Path(out).exists():
         raise FileExistsError(f"compare: {out} exists already; give --out another name.")
-    found = [json.loads(path.read_text()) for path in files]
-    wrong = [str(path) for path, each in zip(files, found, strict=True) if not {"running", "checkpoints"} <= set(each)]
-    if wrong:
-        raise ValueError(f"compare: {', '.join(wrong)}: no result of --protocol continual.")
+    found = [_result(path) for path in files]
     curves = {str(path): (each["checkpoints"], np.array(each["running"], float)) for path, each in zip(results, found, strict=True)}
     plot.by_classes(curves, Path(out))
     return Path(out)
+
+
+def _result(path: Path) -> dict[str, Any]:
+    """What `_report` wrote of `--protocol continual`."""
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"compare: {path} is no JSON file: {error}") from None
+    if not isinstance(found, dict) or not {"running", "checkpoints"} <= set(found):
+        raise ValueError(f"compare: {path} is no result of --protocol continual.")
+    return found
 
 
 def _report(found: Continual | Transfer, about: dict[str, Any], path: Path) -> None:
@@ -147,7 +166,7 @@ def _report(found: Continual | Transfer, about: dict[str, Any], path: Path) -> N
         own = {
             "classes": found.matrix.shape[-1],
             "checkpoints": found.checkpoints,
-            "running": [[None if np.isnan(each) else each for each in row] for row in found.running.tolist()],
+            "running": found.running.tolist(),
         }
         own |= {"forgetting": found.forgetting, "backward": found.backward, "matrix": found.matrix.mean(0).tolist()}
         found.plot(path.with_suffix(".png"))
@@ -161,5 +180,5 @@ def _report(found: Continual | Transfer, about: dict[str, Any], path: Path) -> N
         "norm": NORM,
         "versions": checkpoint.versions(),
     }
-    checkpoint.write_json(path, {**figures, **own, **shared, **about})
+    checkpoint.write_json(path, checkpoint.without_nan({**figures, **own, **shared, **about}))
     print(f"accuracy on unseen classes: {found} [norm: {NORM}]")

@@ -83,8 +83,8 @@ PRESETS: dict[str, Pretrain] = {
     "asb-omniglot": Pretrain(zap=False),
     "zap-meta-asb-omniglot": _META,
     "meta-asb-omniglot": dataclasses.replace(_META, zap=False),
-    "oml-omniglot": dataclasses.replace(_META, method="oml", inner_rate=0.03, outer_rate=1e-4),
-    "anml-omniglot": dataclasses.replace(_META, method="anml"),
+    "oml-omniglot": dataclasses.replace(_META, method="oml", inner_rate=0.03, outer_rate=1e-4, images=20),
+    "anml-omniglot": dataclasses.replace(_META, method="anml", images=20),
     "zap-asb-glyphs": Pretrain(dataset="glyphs", filters=32, steps=1_000, test_classes=10),
 }
 
@@ -92,7 +92,7 @@ PRESETS: dict[str, Pretrain] = {
 def from_dict(stored: Any) -> Pretrain | None:
     """The configuration kept with a run; None if it is of another kind."""
     names = {field.name for field in dataclasses.fields(Pretrain)}
-    return Pretrain(**stored) if isinstance(stored, dict) and set(stored) == names else None
+    return Pretrain(**stored) if isinstance(stored, dict) and {"sequence", "remember"} <= set(stored) <= names else None
 
 
 def make_images(config: Pretrain) -> tuple[Images, Images]:

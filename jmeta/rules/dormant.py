@@ -111,19 +111,27 @@ def redo(model: Model, tau: float = 0.0) -> Rule:
     def reset(key, params, support, *, hyper):
         if support is None:
             raise ValueError("redo: there is no batch to judge units by. Usual cause: a learner that hands none on in its info.")
-        return renew(model, key, params, dormant(activity(model, params, support.x), tau))
+        return renew(model, key, params, dormant(activity(model, params, support.x), tau, support.mask))
 
     return Rule("redo", reset=reset)
 
 
-def dormant(outputs: dict[str, jax.Array], tau: float) -> dict[str, jax.Array]:
-    """Which units of each layer are dormant: bool `[units]` from outputs `[M, units]`."""
+def dormant(outputs: dict[str, jax.Array], tau: float, mask: jax.Array | None = None) -> dict[str, jax.Array]:
+    """Which units of each layer are dormant: bool `[units]` from outputs `[M, units]` and a mask of examples as for `_size`."""
 
     def silent(h):
-        mean = jnp.abs(h).mean(0)
+        mean = _size(h, mask)
         return mean <= tau * mean.mean()
 
     return {name: silent(h) for name, h in outputs.items()}
+
+
+def _size(h: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """The mean size `[units]` of outputs `[M, units]`, without those of examples whose mask `[N]` is 0; M is a multiple of N."""
+    if mask is None:
+        return jnp.abs(h).mean(0)
+    weights = jnp.repeat(mask, len(h) // len(mask))
+    return weights @ jnp.abs(h) / weights.sum()
 
 
 class ContinualBackprop(NamedTuple):
@@ -186,7 +194,8 @@ def continual_backprop(
         updates, after = inner.update(updates, state.inner, params, **extra)
         moved = optax.apply_updates(params, updates)
         outputs = activity(model, _own(params), batch.x)
-        chosen, ages, utilities, due = _judged(model, _own(moved), outputs, state, replacement, maturity, decay)
+        sizes = {name: _size(h, batch.mask) for name, h in outputs.items()}
+        chosen, ages, utilities, due = _judged(model, _own(moved), sizes, state, replacement, maturity, decay)
         changed = renew(model, key_new, _own(moved), chosen)
         wanted: Any = moved._replace(params=changed) if isinstance(moved, Theta) else changed
         after = cleared(inner, after, moved, wanted)
@@ -199,13 +208,13 @@ def _own(params: Any) -> Any:
     return params.params if isinstance(params, Theta) else params
 
 
-def _judged(model: Model, params: Params, outputs: dict, state: ContinualBackprop, replacement, maturity, decay) -> tuple:
+def _judged(model: Model, params: Params, sizes: dict, state: ContinualBackprop, replacement, maturity, decay) -> tuple:
     """Which units are renewed, and the ages, utilities and remainders after that."""
     chosen, ages, utilities, due = {}, {}, {}, {}
     for name, after in itertools.pairwise(model.layers):
-        h, age = outputs[name], state.ages[name] + 1
-        outgoing = jnp.abs(_kernel(params[after])).reshape(-1, h.shape[1], _units(params[after])).mean((0, 2))
-        utility = decay * state.utilities[name] + (1 - decay) * jnp.abs(h).mean(0) * outgoing
+        size, age = sizes[name], state.ages[name] + 1
+        outgoing = jnp.abs(_kernel(params[after])).reshape(-1, len(size), _units(params[after])).mean((0, 2))
+        utility = decay * state.utilities[name] + (1 - decay) * size * outgoing
         mature = age > maturity
         waiting = state.due[name] + replacement * mature.sum()
         count = jnp.floor(waiting)

@@ -45,6 +45,18 @@ def test_redo_renews_the_dead_unit_alone_and_changes_no_output(key):
     chex.assert_trees_all_equal(everything["layer1"], NET.init(key)["layer1"])
 
 
+def test_examples_that_only_fill_up_a_batch_judge_no_unit(key):
+    params, x = NET.init(key), jax.random.normal(key, (6, 6))
+    mask = jnp.array([1.0, 1, 1, 1, 0, 0])
+    full, alone = (jm.Batch(x, None, mask), jm.Batch(x[:4], None))
+    renewed = [jm.redo(NET, tau=0.5).reset(key, params, batch, hyper=()) for batch in (full, alone)]
+    chex.assert_trees_all_equal(*renewed)
+    outer = jm.continual_backprop(optax.sgd(0.0), NET)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    states = [outer.update(zeros, outer.init(params), params, info={"batch": batch})[1] for batch in (full, alone)]
+    chex.assert_trees_all_close(states[0].utilities, states[1].utilities, rtol=1e-5)
+
+
 def test_channels_of_a_flattened_map_go_out_by_all_their_places(key):
     net = jm.conv3(3, filters=4)
     params = net.init(key)
