@@ -107,7 +107,7 @@ def measure(method: str, config: pretrain.Pretrain, tests: Sequence[Test], runs:
     """Pre-trains one network and lets it learn in every setting; what is there already stays."""
     path = RESULTS / f"{method}-{config.filters}-{config.steps}-seed{config.seed}.json"
     folder = runs / path.stem
-    result = json.loads(path.read_text()) if path.exists() else {"settings": {}}
+    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"settings": {}}
     for test in tests:
         kept = result["settings"].get(str(test))
         if kept and (kept["draws"], tuple(kept["rates"])) != (test.draws, test.rates):
