@@ -2,8 +2,8 @@
 
     python benchmarks/frozen_600.py RUN          a run of `jmeta train zap-asb-omniglot` or of zapping.py
 
-Each of the 90 runs learns 9,000 images one at a time by Adam; then a draw apart from those is measured at the best rate, in a second
-call that is small beside the first. The time holds compilation.
+Each of the 90 runs learns 9,000 images one at a time by Adam; then a draw apart from those is measured at the best rate, in a
+second call that is small beside the first. The time holds compilation.
 
 References:
   Frati, Traft, Clune, Cheney, Reset It and Forget It, ECAI 2024 (https://arxiv.org/abs/2310.07996): the protocol and the rates.
