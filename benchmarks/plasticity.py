@@ -132,7 +132,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
         curves[name] = (BLOCK * np.arange(1, blocks.shape[1] + 1)).tolist(), blocks
         mean, half = interval(scores[:, -LAST:].mean(1) - scores[:, 0])
         print(f"{name}: {scores[:, 0].mean():.3f} on the first task, a change of {mean:+.3f} ± {half:.3f} on the last {LAST}")
-    plot.bands(curves, path, "tasks learned", "accuracy of a task as it is learned, 95 % bands over seeds")
+    plot.bands(curves, path, "tasks learned", "accuracy of a task, 95 % bands")
 
 
 if __name__ == "__main__":
