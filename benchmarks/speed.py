@@ -324,7 +324,9 @@ def shares(row: dict[str, Any]) -> dict[str, float]:
 
 def report(name: str, row: dict[str, Any]) -> None:
     """Prints one row for people."""
-    of_rate, of_roofline = (f"{100 * row[name]:.0f} %" if name in row else "-" for name in ("share_of_rate", "share_of_roofline"))
+    of_rate, of_roofline = (
+        f"{100 * row[name]:.0f} %" if name in row else "no share" for name in ("share_of_rate", "share_of_roofline")
+    )
     machine = f"{row['matrix_rate'] / 1e9:.0f} GFLOP/s of a large matrix product and {row['bandwidth'] / 1e9:.0f} GB/s of a copy"
     print(f"{name}: {row['operations'] / 1e9:.2f} GFLOP; jmeta at {of_rate} of the rate, {of_roofline}")
     print(f"  of the roofline, with {machine}; {row['tasks_per_second']:.0f} tasks/s")
