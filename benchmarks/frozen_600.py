@@ -22,6 +22,7 @@ import jmeta as jm
 from jmeta import pretrain
 from jmeta.checkpoint import write_json
 
+SHOTS = 15  # images of a class learned from
 OUT = Path(__file__).parent / "results" / "frozen_600.json"
 RATES = (0.055, 0.01, 0.0055, 0.001, 7e-4, 4e-4, 1e-4, 7e-5, 4e-5)
 
@@ -42,6 +43,7 @@ def main() -> None:
         "classes": asked.classes,
         "draws": 1,
         "select": asked.draws,
+        "shots": SHOTS,
         "rates": RATES,
         "frozen": True,
         "checkpoints": [asked.classes],
@@ -53,7 +55,7 @@ def main() -> None:
     row |= {"seconds": seconds, "tried": {f"{rate:g}": score for rate, score in result.tried.items()}}
     name = f"{Path(asked.run).name}, {asked.classes} classes, {len(RATES)} x {asked.draws} runs"
     write_json(asked.out, {**found, name: row})
-    updates = 15 * asked.classes * len(RATES) * asked.draws
+    updates = SHOTS * asked.classes * len(RATES) * asked.draws
     print(f"{name}: {seconds:.1f} s, {updates / seconds:.0f} updates of an image a second; {result}")
 
 

@@ -67,23 +67,6 @@ def configuration(method: str, asked: argparse.Namespace, seed: int) -> pretrain
     return dataclasses.replace(preset, filters=asked.filters, gate_filters=gates, steps=steps, seed=seed)
 
 
-def train(config: pretrain.Pretrain, images: jm.Images, folder: Path) -> jm.Theta:
-    """Pre-trains, or goes on, or takes what is there."""
-    return jm.fit(
-        jax.random.fold_in(jax.random.key(config.seed), TRAIN_KEY),
-        pretrain.make_learner(config, len(images.names)),
-        pretrain.make_tasks(config, images),
-        pretrain.make_outer(config, len(images.pixels)),
-        config.steps,
-        1,
-        workdir=folder,
-        resume=True,
-        config=config,
-        labels=images.names,
-        save_every=config.save_every,
-    ).theta
-
-
 def learn(test: Test, model: jm.Model, theta: jm.Theta, unseen: jm.Images, seed: int) -> dict[str, Any]:
     """Unseen classes are learned: accuracy of each draw, and of the classes seen so far."""
     key = jax.random.fold_in(jax.random.key(seed), TEST_KEY)
@@ -121,7 +104,8 @@ def measure(method: str, config: pretrain.Pretrain, tests: Sequence[Test], runs:
     result |= {"method": method, "norm": "instance", "config": dataclasses.asdict(config)}
     result.setdefault("machine", machine())
     try:
-        theta = train(config, images, folder)
+        key = jax.random.fold_in(jax.random.key(config.seed), TRAIN_KEY)
+        theta = pretrain.train(key, config, images, folder, resume=True)
     except FloatingPointError as error:
         write_json(path, {**result, "diverged": str(error)})
         print(f"{path.stem}: {error}", flush=True)

@@ -17,7 +17,6 @@ from jmeta.evaluate.transfer import Transfer, transfer
 from jmeta.losses import xent
 from jmeta.mesh import task_mesh
 from jmeta.pretrain import Pretrain
-from jmeta.train import fit
 
 TEST_KEY = 1  # folded into the seed's key
 NORM = "instance"
@@ -47,25 +46,12 @@ def train(config: Pretrain, workdir: str | Path | None = None, *, name: str = "r
             f"train: test_classes must be from 1 to {most}, the unseen classes and the head's outputs, and test_draws at least 1, "
             f"got {config.test_classes} and {config.test_draws}."
         )
-    learner, outer = pretrain.make_learner(config, len(images.names)), pretrain.make_outer(config, len(images.pixels))
-    done = fit(
-        jax.random.key(config.seed),
-        learner,
-        pretrain.make_tasks(config, images),
-        outer,
-        config.steps,
-        1,
-        workdir=folder,
-        resume=resume,
-        config=config,
-        labels=images.names,
-        save_every=config.save_every,
-    )
+    theta = pretrain.train(jax.random.key(config.seed), config, images, folder, resume=resume)
     plot.learning_curve(folder / "metrics.jsonl", folder / "learning_curve.png")
     key = jax.random.fold_in(jax.random.key(config.seed), TEST_KEY)
     model = pretrain.make_model(config, len(images.names))
     how: dict[str, Any] = {"classes": config.test_classes, "draws": config.test_draws, "mesh": task_mesh()}
-    found = continual(key, model, xent, done.theta, unseen, frozen=True, **how)
+    found = continual(key, model, xent, theta, unseen, frozen=True, **how)
     _report(found, {"protocol": "continual", "frozen": True, "config": dataclasses.asdict(config)}, folder / "result.json")
     return folder
 

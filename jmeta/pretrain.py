@@ -31,6 +31,7 @@ from jmeta.tasks.glyphs import glyphs
 from jmeta.tasks.images import Images, split_images
 from jmeta.tasks.omniglot import omniglot
 from jmeta.tasks.streams import labelled, streams
+from jmeta.train import fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +135,23 @@ def make_outer(config: Pretrain, examples: int) -> optax.GradientTransformation:
         return adam
     every = config.zap_every * epoch_steps(examples, config.size)
     return resetting(adam, zap("head", which="all", init="official_iid"), every, until=config.steps, seed=config.seed)
+
+
+def train(key: jax.Array, config: Pretrain, images: Images, folder: Path, *, resume: bool) -> Theta:
+    """Pre-trains in a folder, or goes on there; arguments and errors as for `jmeta.fit`."""
+    return fit(
+        key,
+        make_learner(config, len(images.names)),
+        make_tasks(config, images),
+        make_outer(config, len(images.pixels)),
+        config.steps,
+        1,
+        workdir=folder,
+        resume=resume,
+        config=config,
+        labels=images.names,
+        save_every=config.save_every,
+    ).theta
 
 
 def read(run: str | Path) -> tuple[Pretrain, Model, MetaLearner, Theta]:

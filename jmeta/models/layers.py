@@ -170,7 +170,10 @@ class BatchNorm(nn.Module):
 
 
 class _FoldedInstanceNorm(nn.Module):
-    """`nn.InstanceNorm` of the convolution of a kernel with images of the planes `[h * w * C, N, H', W']`; see there."""
+    """`nn.InstanceNorm` of the convolution of a kernel with images of the planes `[h * w * C, N, H', W']`.
+
+    It is folded into the kernel as by `_folded_batch_norm`, for each image by itself.
+    """
 
     @nn.compact
     def __call__(self, planes: jax.Array, kernel: jax.Array) -> jax.Array:
