@@ -52,10 +52,15 @@ from jmeta.rules.patterns import patterns as patterns
 from jmeta.rules.patterns import save_pattern as save_pattern
 from jmeta.rules.resetting import adam_each as adam_each
 from jmeta.rules.resetting import resetting as resetting
+from jmeta.rules.route import channels as channels
+from jmeta.rules.route import route as route
 from jmeta.rules.scale import lambda_mask as lambda_mask
 from jmeta.rules.scale import learned_rates as learned_rates
 from jmeta.rules.scale import only as only
 from jmeta.rules.scale import sparse as sparse
+from jmeta.rules.slimming import Pruned as Pruned
+from jmeta.rules.slimming import prune as prune
+from jmeta.rules.slimming import slimming as slimming
 from jmeta.rules.zap import later_layers as later_layers
 from jmeta.rules.zap import shrink_perturb as shrink_perturb
 from jmeta.rules.zap import zap as zap

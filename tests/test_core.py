@@ -49,7 +49,16 @@ def test_quadratic_gives_the_closed_form(key, order, expected):
 
 
 EVERYTHING = jm.chain(toys.noisy(), toys.shrinking(), toys.alternating(), jm.learned_rates(0.1), optax.clip(1.0))
+ROUTES = {
+    f"{where}, {refresh}": jm.route(0.5, keep_meta=0.5, where=where, refresh=refresh)
+    for where in ("update", "forward")
+    for refresh in ("step", "task")
+}
 CASES = [
+    *(
+        (f"route {name}", jm.maml(toys.normed(), jm.xent, jm.chain(rule, optax.sgd(0.1)), jm.repeat(2)))
+        for name, rule in ROUTES.items()
+    ),
     *((f"maml with {name}", LEARNERS["maml"](make())) for name, make in RULES.items()),
     *((f"{name} with everything", make(EVERYTHING)) for name, make in LEARNERS.items()),
 ]

@@ -41,6 +41,11 @@ def net(ways=3, size=6):
     return jm.mlp(ways, hidden=(8, 8), shape=(size,))
 
 
+def normed(ways=3, size=6, norm="layer"):
+    """The same with a normalisation that has scales."""
+    return jm.mlp(ways, hidden=(8, 8), shape=(size,), norm=norm)
+
+
 def shifted(params, key, scale):
     """All parameters moved by one random number: cheap to compile, and enough to tell keys apart."""
     return jax.tree.map(lambda p: p + scale * jax.random.uniform(key), params)

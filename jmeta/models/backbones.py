@@ -32,14 +32,14 @@ class _Block(nn.Module):
 
 class _Conv4(nn.Module):
     ways: int
-    filters: int
+    filters: tuple[int, ...]
     norm: Norm
     pool: bool
 
     @nn.compact
     def __call__(self, x):
-        for number in range(1, 5):
-            x = _Block(self.filters, self.norm, self.pool, name=f"block{number}")(x)
+        for number, features in enumerate(self.filters, 1):
+            x = _Block(features, self.norm, self.pool, name=f"block{number}")(x)
         x = x.reshape(x.shape[0], -1) if self.pool else x.mean((1, 2))
         return nn.Dense(self.ways, name="head")(x)
 
@@ -176,13 +176,18 @@ def mlp(outputs: int, *, hidden: tuple[int, ...] = (40, 40), shape: tuple[int, .
 
 @memoise
 def conv4(
-    ways: int, *, filters: int = 64, pool: bool = False, shape: tuple[int, int, int] = (28, 28, 1), norm: Norm = "batch"
+    ways: int,
+    *,
+    filters: int | tuple[int, ...] = 64,
+    pool: bool = False,
+    shape: tuple[int, int, int] = (28, 28, 1),
+    norm: Norm = "batch",
 ) -> Model:
     """Four blocks of convolution, normalisation and ReLU, and a linear head.
 
     Args:
       ways: classes of an episode.
-      filters: channels of each block; the papers use 64 for Omniglot and 32 for mini-ImageNet.
+      filters: channels of each block, or of the four; the papers use 64 for Omniglot and 32 for mini-ImageNet.
       pool: False halves the size by stride 2 and averages the last map (Omniglot); True max-pools and flattens it (mini-ImageNet).
       shape: height, width and channels of an image.
       norm: see `jmeta.models.layers.normalise`.
@@ -198,11 +203,14 @@ def conv4(
     >>> model.apply(model.init(jax.random.key(0)), jnp.zeros((2, 28, 28, 1))).shape
     (2, 5)
     """
-    check("conv4", {"ways": ways, "filters": filters}, norm, shape, 3)
+    each = (filters,) * 4 if isinstance(filters, int) else tuple(filters)
+    if len(each) != 4:
+        raise ValueError(f"conv4: filters must be a number or one for each of the four blocks, got {filters}.")
+    check("conv4", {"ways": ways, "filters": min(each)}, norm, shape, 3)
     if pool and min(shape[:2]) < 16:
         raise ValueError(f"conv4: shape {shape} is pooled away by four halvings; images need at least 16 pixels a side.")
     names = ("block1", "block2", "block3", "block4", "head")
-    return build(_Conv4(ways, filters, norm, pool), shape, names, norm)
+    return build(_Conv4(ways, each, norm, pool), shape, names, norm)
 
 
 @memoise

@@ -1,0 +1,293 @@
+"""Routing: which channels are chosen, and that the others are left alone or silent."""
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jmeta as jm
+from jmeta.rules.route import paired
+from tests import toys
+
+NET = toys.normed()
+KEEP = 0.4  # of 8: 3
+MODES = [(where, refresh) for where in ("update", "forward") for refresh in ("step", "task")]
+
+
+def _theta(key, net=NET):
+    """Scales and biases that differ, some of them negative, as after meta-training."""
+    params = net.init(key)
+    for number, name in enumerate(net.layers[:-1]):
+        keys = jax.random.split(jax.random.fold_in(key, number))
+        norm = {
+            each: jax.random.normal(own, leaf.shape) for own, (each, leaf) in zip(keys, params[name]["norm"].items(), strict=True)
+        }
+        params = {**params, name: {**params[name], "norm": norm}}
+    return jm.Theta(params)
+
+
+def _learner(rule, net=NET, steps=3, **options):
+    return jm.maml(net, jm.xent, jm.chain(rule, optax.sgd(0.1)), jm.repeat(steps), **options)
+
+
+def _task(key):
+    return toys.blobs().sample(key, ())
+
+
+def _grad(key, learner, theta):
+    return jax.jit(lambda theta: learner.grad(key, theta, _task(key), meta_step=0))(theta)[1:]
+
+
+@pytest.mark.parametrize(("where", "refresh"), MODES)
+def test_to_keep_all_is_plain_maml_bit_for_bit(key, where, refresh):
+    plain = jm.maml(NET, jm.xent, optax.sgd(0.1), jm.repeat(3))
+    learner = _learner(jm.route(1.0, where=where, refresh=refresh))
+    chex.assert_trees_all_equal(_grad(key, learner, _theta(key)), _grad(key, plain, _theta(key)))
+    phi, expected = (jax.jit(each.adapt)(key, _theta(key), _task(key).support) for each in (learner, plain))
+    chex.assert_trees_all_equal(phi, expected)
+
+
+@pytest.mark.parametrize("score", ["abs", "signed"])
+def test_the_largest_scales_are_chosen(key, score):
+    params = _theta(key).params
+    for name, chosen in jm.channels(params, KEEP, score=score).items():
+        scale = np.asarray(params[name.split("/")[0]]["norm"]["scale"])
+        value = np.abs(scale) if score == "abs" else scale
+        np.testing.assert_array_equal(np.sort(np.flatnonzero(chosen)), np.sort(np.argsort(-value)[:3]))
+    together = jm.channels(params, KEEP, score=score, per="global")
+    assert sum(int(chosen.sum()) for chosen in together.values()) == 6
+    assert [int(each.sum()) for each in jm.channels(params, (0.25, 1.0)).values()] == [2, 8]
+
+
+def test_all_channels_compete_and_each_layer_keeps_one():
+    params = {"a": {"scale": jnp.arange(1.0, 5)}, "b": {"scale": jnp.arange(10.0, 18)}}
+    found = jm.channels(params, 0.5, per="global")
+    np.testing.assert_array_equal(found["a"], [False, False, False, True])
+    np.testing.assert_array_equal(found["b"], np.arange(8) >= 3)
+    assert [int(each.sum()) for each in jm.channels(params, 0.01, per="global").values()] == [1, 1]
+
+
+def test_shares_are_taken_as_written():
+    params = {"a": {"scale": jnp.arange(100.0)}}
+    for keep, count in ((0.29, 29), (0.57, 57), (0.999, 99), (0.01, 1)):  # 0.29 * 100 is below 29 in floating point
+        assert int(jm.channels(params, keep)["a"].sum()) == count
+
+
+def test_equal_scales_are_drawn_by_lot(key):
+    params = {"norm": {"scale": jnp.ones(64)}}
+    keys = jax.random.split(key, 400)
+    chosen = np.asarray(jax.vmap(lambda key: jm.channels(params, 0.25, key=key)["norm"])(keys))
+    assert (chosen.sum(1) == 16).all()
+    assert np.abs(chosen.mean(0) - 0.25).max() < 5 * (0.25 * 0.75 / 400) ** 0.5
+    fixed = jm.channels(params, 0.25)["norm"]
+    assert not np.array_equal(np.flatnonzero(fixed), np.arange(16))
+    higher = {"norm": {"scale": jnp.ones(64).at[:8].set(2.0)}}
+    assert jax.vmap(lambda key: jm.channels(higher, 0.25, key=key)["norm"])(keys)[:, :8].all()
+
+
+def test_a_new_network_gives_tasks_of_other_keys_other_filters(key):
+    learner = _learner(jm.route(KEEP, refresh="task"))
+    theta, keys = learner.init(key), jax.random.split(key, 2)
+    one, other = (learner.adapt(each, theta, _task(key).support).params["layer1"]["dense"]["kernel"] for each in keys)
+    before = theta.params["layer1"]["dense"]["kernel"]
+    assert not np.array_equal((one != before).any(0), (other != before).any(0))
+
+
+def _by_hand(theta, support, choices, steps=3):
+    """Update routing written out, with the choices of each step."""
+    params = theta.params
+    for step in range(steps):
+        grads = jax.grad(lambda params: jm.xent(NET.apply(params, support.x), support.y))(params)
+        for name, chosen in choices(params, step).items():
+            layer = name.split("/")[0]
+            grads[layer]["dense"] = jax.tree.map(lambda g, chosen=chosen: g * chosen, grads[layer]["dense"])
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+    return params
+
+
+@pytest.mark.parametrize("unroll", [True, False])
+@pytest.mark.parametrize("refresh", ["step", "task"])
+def test_unchosen_filters_stay_and_all_else_learns(key, refresh, unroll):
+    theta, task = _theta(key), _task(key)
+    learner = _learner(jm.route(KEEP, refresh=refresh), unroll=unroll)
+    phi = jax.jit(learner.adapt)(key, theta, task.support)
+    seen = []
+
+    def choices(params, step):
+        seen.append(jm.channels(theta.params if refresh == "task" else params, KEEP))
+        return seen[-1]
+
+    chex.assert_trees_all_close(phi.params, _by_hand(theta, task.support, choices), rtol=1e-5, atol=1e-6)
+    for name in ("layer1", "layer2"):
+        ever = np.any([step[f"{name}/norm"] for step in seen], 0)
+        before, after = theta.params[name]["dense"], phi.params[name]["dense"]
+        chex.assert_trees_all_equal(*(jax.tree.map(lambda leaf, ever=ever: leaf[..., ~ever], each) for each in (before, after)))
+        assert (before["kernel"] != after["kernel"]).any(0)[ever].any()
+        assert (phi.params[name]["norm"]["scale"] != theta.params[name]["norm"]["scale"])[~ever].any()
+        assert ever.sum() == 3 or refresh == "step"
+
+
+@pytest.mark.parametrize("refresh", ["step", "task"])
+def test_unchosen_channels_are_silent_and_so_not_trained(key, refresh):
+    net = toys.normed(norm="batch")
+    theta, task = _theta(key, net), _task(key)
+    rule = jm.chain(jm.route(KEEP, where="forward", refresh=refresh))
+    learner = _learner(rule, net)
+    phi = jax.jit(learner.adapt)(key, theta, task.support)
+    gated = rule.gate(phi.params, step=3, hyper=(), key=None)
+    assert net.inputs is not None
+    seen = net.inputs(gated, task.query.x)
+    for name, after in (("layer1", "layer2"), ("layer2", "head")):
+        chosen = np.asarray(jm.channels(phi.params, KEEP)[f"{name}/norm"])
+        assert (np.asarray(seen[after])[:, ~chosen] == 0).all() and (np.asarray(seen[after])[:, chosen] != 0).any()
+        before = jm.channels(theta.params, KEEP)[f"{name}/norm"]
+        if refresh == "task":
+            np.testing.assert_array_equal(chosen, before)
+            chex.assert_trees_all_equal(
+                phi.params[name]["dense"]["kernel"][:, ~before], theta.params[name]["dense"]["kernel"][:, ~before]
+            )
+    np.testing.assert_array_equal(learner.predict(phi, task.query.x), net.apply(gated, task.query.x))
+
+
+@pytest.mark.parametrize(("where", "refresh"), MODES)
+def test_the_choice_has_no_gradient(key, where, refresh):
+    """The meta-gradient is that of the same network with the choice written down."""
+    with jax.enable_x64(True):
+        theta = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), _theta(key))
+        task = jax.tree.map(lambda leaf: leaf.astype(jnp.float64) if leaf.dtype == jnp.float32 else leaf, _task(key))
+        learner = _learner(jm.route(KEEP, where=where, refresh=refresh), steps=2)
+        gradient = jax.jit(lambda theta: learner.grad(key, theta, task, meta_step=0)[1])(theta).params
+        direction = optax.tree.random_like(jax.random.key(2), theta.params, dtype=jnp.float64)
+
+        @jax.jit
+        def loss(size):
+            moved = jm.Theta(jax.tree.map(lambda p, d: p + size * d, theta.params, direction))
+            return jm.xent(learner.predict(learner.adapt(key, moved, task.support), task.query.x), task.query.y)
+
+        slope = (loss(1e-6) - loss(-1e-6)) / 2e-6
+        found = sum(float((g * d).sum()) for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True))
+    assert slope == pytest.approx(found, rel=1e-5)
+
+
+def test_a_tasks_own_choice_masks_its_meta_gradient(key):
+    theta, task = _theta(key), _task(key)
+    plain, masked = (_learner(jm.route(KEEP, keep_meta=keep_meta)) for keep_meta in (1.0, 0.25))
+    (whole, info), (part, same) = _grad(key, plain, theta), _grad(key, masked, theta)
+    chex.assert_trees_all_equal(info, same)
+    phi = masked.adapt(key, theta, task.support).params
+    for name in ("layer1", "layer2"):
+        chosen = jm.channels(phi, 0.25)[f"{name}/norm"]
+        expected = jax.tree.map(lambda g, chosen=chosen: g * chosen, whole.params[name]["dense"])
+        chex.assert_trees_all_close(part.params[name]["dense"], expected, atol=1e-7)
+        chex.assert_trees_all_close(part.params[name]["norm"], whole.params[name]["norm"], atol=1e-7)
+    chex.assert_trees_all_close(part.params["head"], whole.params["head"], atol=1e-7)
+
+
+def test_it_composes_with_patterns_zaps_and_learned_rates(key):
+    theta, task = _theta(key), _task(key)
+    routed = jm.route(KEEP, refresh="task")
+    frozen = jm.lambda_mask([[0, 1, 1]], optax.sgd(0.1), labels=NET.layers)
+    phi = jm.maml(NET, jm.xent, jm.chain(routed, frozen), jm.repeat(3)).adapt(key, theta, task.support)
+    inside = jm.lambda_mask([[0, 1, 1]], jm.chain(routed, optax.sgd(0.1)), labels=NET.layers)
+    chex.assert_trees_all_close(jm.maml(NET, jm.xent, inside, jm.repeat(3)).adapt(key, theta, task.support), phi, atol=1e-6)
+    alone = jm.only(("layer2", "head"), jm.chain(routed, optax.sgd(0.1)))
+    chex.assert_trees_all_close(jm.maml(NET, jm.xent, alone, jm.repeat(3)).adapt(key, theta, task.support), phi, atol=1e-6)
+    chex.assert_trees_all_equal(phi.params["layer1"], theta.params["layer1"])
+    chosen = jm.channels(theta.params, KEEP)["layer2/norm"]
+    moved = (phi.params["layer2"]["dense"]["kernel"] != theta.params["layer2"]["dense"]["kernel"]).any(0)
+    np.testing.assert_array_equal(moved, chosen)
+    for rule in (jm.chain(jm.zap("head"), routed, optax.sgd(0.1)), jm.chain(routed, jm.learned_rates(0.1))):
+        learner = jm.maml(NET, jm.xent, rule, jm.repeat(2))
+        gradient = _grad(key, learner, learner.init(key))[0]
+        chex.assert_tree_all_finite(gradient)
+        assert float(optax.tree.norm(gradient)) > 0
+
+
+def test_a_choice_for_the_task_is_made_anew_where_the_state_goes_on(key):
+    learner = _learner(jm.route(KEEP, refresh="task"), carry_state=True)
+    theta, task = learner.init(key)._replace(params=_theta(key).params), _task(key)
+    state = learner.adapt(key, theta, task.support).memory
+    other = theta._replace(params=_theta(jax.random.key(5)).params)
+    fresh, carried = (learner.adapt(key, other._replace(memory=memory), task.support).params for memory in (theta.memory, state))
+    chex.assert_trees_all_equal(fresh, carried)
+
+
+class _Flat(nn.Module):
+    """A user's module whose layers stand side by side, two of them with as many channels."""
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(2):
+            x = nn.relu(nn.GroupNorm(num_groups=2)(nn.Dense(8)(x)))
+        return nn.Dense(3)(x)
+
+
+class _Odd(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.LayerNorm(name="normal")(nn.Dense(8, name="one")(nn.Dense(8, name="two")(x)))
+        return nn.Dense(3, name="head")(nn.relu(x))
+
+
+def test_a_users_own_module(key):
+    net = jm.from_linen(_Flat(), jnp.zeros((1, 6)))
+    params = net.init(key)
+    assert paired(params) == {("GroupNorm_0",): [("Dense_0",)], ("GroupNorm_1",): [("Dense_1",)]}
+    phi = _learner(jm.route(0.5, refresh="task"), net, steps=1).adapt(key, jm.Theta(params), _task(key).support).params
+    for name in ("Dense_0", "Dense_1"):
+        assert (phi[name]["kernel"] != params[name]["kernel"]).any(0).sum() == 4
+
+
+def test_pairs_that_are_given(key):
+    net = jm.from_linen(_Odd(), jnp.zeros((1, 6)))
+    params = net.init(key)
+    with pytest.raises(ValueError, match=r"which layer normal scales is not known.*may be two, one.*pairs="):
+        jm.route(0.5).init(params)
+    jm.route(0.5, where="forward").init(params)
+    rule = jm.route(0.5, refresh="task", pairs=(("normal", "one"),))
+    phi = _learner(rule, net, steps=1).adapt(key, jm.Theta(params), _task(key).support).params
+    assert (phi["one"]["kernel"] != params["one"]["kernel"]).any(0).sum() == 4
+    assert (phi["two"]["kernel"] != params["two"]["kernel"]).any(0).all()
+
+
+def test_every_network_of_jmeta_tells_its_pairs(key):
+    nets = [jm.conv4(5), jm.conv3(5), jm.resnet12(5, widths=(8, 16), shape=(16, 16, 3)), jm.anml_net(5)]
+    for net, count in zip(nets, (4, 3, 8, 6), strict=True):
+        params = jax.eval_shape(net.init, key)
+        jm.route(0.5).init(params)
+        assert len(paired(params)) == count
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: jm.route(0.0), "keep must be above 0 and at most 1.*got 0.0"),
+        (lambda: jm.route(1.5), "keep must be above 0 and at most 1.*got 1.5"),
+        (lambda: jm.route((0.5, 0.0)), "keep must be above 0"),
+        (lambda: jm.route(0.5, keep_meta=0.0), "keep_meta must be above 0"),
+        (lambda: jm.route(0.5, where="backward"), "where must be 'update' or 'forward', got 'backward'"),
+        (lambda: jm.route(0.5, score="size"), "score must be 'abs' or 'signed'"),
+        (lambda: jm.route(0.5, refresh="never"), "refresh must be"),
+        (lambda: jm.route(0.5, per="block"), "per must be"),
+        (lambda: jm.route((0.5, 0.5), per="global"), "one share for all layers"),
+        (lambda: jm.route(0.1).init(NET.init(jax.random.key(0))), "left without channels, keep 0.1 of 8"),
+        (lambda: jm.route(0.5, keep_meta=0.1).init(NET.init(jax.random.key(0))), "left without channels, keep 0.1 of 8"),
+        (lambda: jm.route((0.5,)).init(NET.init(jax.random.key(0))), "1 shares for 2 normalisations"),
+        (lambda: jm.route(0.5).init(toys.net().init(jax.random.key(0))), "no normalisation with a scale; it has none and arrays"),
+        (lambda: jm.channels(toys.net().init(jax.random.key(0)), 0.5), "channels: the network has no normalisation.*bias, kernel"),
+        (
+            lambda: jm.route(0.5, pairs=(("layer1/norm", "layer2/dense"), ("bn", "conv"))).init(NET.init(jax.random.key(0))),
+            "no normalisation with a scale called bn; it has layer1/norm, layer2/norm",
+        ),
+        (
+            lambda: jm.route(0.5, pairs=(("layer1/norm", "layer1/conv"),)).init(NET.init(jax.random.key(0))),
+            "which layer layer1/norm scales is not known",
+        ),
+    ],
+)
+def test_bad_input_is_named(make, says):
+    with pytest.raises(ValueError, match=says):
+        make()
