@@ -16,75 +16,35 @@ References:
 
 import argparse
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 import optax
 from machine import machine  # pyright: ignore[reportMissingImports]
+from sets import (  # pyright: ignore[reportMissingImports]
+    CALTECH,
+    SHIFT_KEY,
+    TEST_KEY,
+    VALID_KEY,
+    Set,
+    caltech,
+    make_set,
+    meta_train,
+)
 
 import jmeta as jm
 from jmeta.checkpoint import write_json
 from jmeta.evaluate.cost import operations
-from jmeta.mesh import share
+from jmeta.evaluate.fewshot import over_episodes
 
 RESULTS = Path(__file__).parent / "results" / "lambda_patterns"
 STEPS = 5  # of the inner loop
 TOLERANCE = 0.01
 VALID_EPISODES, TEST_EPISODES = 300, 1000
 RANDOMS = 5  # random patterns, of operations within a sixth of the best's
-TRAIN_KEY, VALID_KEY, TEST_KEY, SHIFT_KEY = range(4)
-
-
-class Set(NamedTuple):
-    """A network, its tasks, and how it is trained.
-
-    Attributes:
-      model: the network.
-      train, valid, test: tasks of disjoint classes.
-      shift: tasks of another kind, or None.
-      rate: of the inner steps, for a mean loss.
-      batch: tasks of a meta-step.
-    """
-
-    model: jm.Model
-    train: jm.Tasks
-    valid: jm.Tasks
-    test: jm.Tasks
-    shift: jm.Tasks | None
-    rate: float
-    batch: int
-
-
-def photographs(source: str, seed: int) -> jm.Splits:
-    """Caltech-101 without its repeated faces, 64 classes to train on, 16 to choose, 20 to test."""
-    images = jm.from_npz(source)
-    kept = [number for number, name in enumerate(images.names) if name != "Faces_easy"]
-    return jm.Splits(*jm.split_classes(jm.take_classes(images, kept), (64, 16, 20), seed))
-
-
-def small_and_grey(images: jm.Images) -> jm.Images:
-    """84 x 84 colours as 28 x 28 greys: means over 3 x 3 pixels and the channels."""
-    blocks = images.pixels.reshape(-1, 28, 3, 28, 3, 3).mean((2, 4, 5))
-    return images._replace(pixels=blocks.astype(np.uint8)[..., None])
-
-
-def make_set(name: str, source: str | None, seed: int) -> Set:
-    """The set of that name."""
-    data, _, kind = name.partition("-")
-    ways, shots = (int(each) for each in kind.replace("s", "").split("w"))
-    splits = photographs(str(source), seed) if data == "caltech" else jm.omniglot(split="customary", seed=seed)
-    assert splits.valid is not None
-    train, valid, test = (
-        jm.episodes(images, ways, shots, queries) for images, queries in ((splits.train, 5), (splits.valid, 15), (splits.test, 15))
-    )
-    if data == "caltech":
-        return Set(jm.conv4(ways, filters=32, pool=True, shape=(84, 84, 3)), train, valid, test, None, 0.01, 4)
-    shift = None if source is None else jm.episodes(small_and_grey(photographs(source, seed).test), ways, shots, 15)
-    return Set(jm.conv4(ways), train, valid, test, shift, 0.4, 32 if shots == 1 else 8)
 
 
 def maker(problem: Set, steps: int) -> Any:
@@ -99,21 +59,8 @@ def maker(problem: Set, steps: int) -> Any:
 def train(problem: Set, steps: int, pattern: jm.Pattern, seed: int, meta_steps: int, folder: Path) -> jm.Theta:
     """Meta-trains under a pattern, or goes on, or takes what is there."""
     made = maker(problem, steps)(pattern)
-    config = {"pattern": str(pattern), "inner_steps": steps, "rate": problem.rate, "batch": problem.batch, "seed": seed}
-    return jm.fit(
-        jax.random.fold_in(jax.random.key(seed), TRAIN_KEY),
-        made,
-        problem.train,
-        optax.adam(1e-3),
-        meta_steps,
-        problem.batch,
-        validate=jm.Validation(made, problem.valid, 200, every=500),
-        mesh=jm.task_mesh(share(problem.batch, jax.device_count())),
-        workdir=folder,
-        resume=True,
-        config=config,
-        save_every=250,
-    ).theta
+    about = {"pattern": str(pattern), "inner_steps": steps}
+    return meta_train(made, problem, seed, meta_steps, folder, about)
 
 
 def randoms(best: jm.Pattern, cost: Any, seed: int) -> list[jm.Pattern]:
@@ -212,10 +159,9 @@ def one_step(problem: Set, seed: int, asked: argparse.Namespace, folder: Path, p
         compared(problem, 1, own, problem.test, TEST_KEY, seed, [best], path)
         kept = json.loads(path.read_text())["patterns"]
         scores[label] = next(np.array(row["scores"]) for row in kept if row["rows"] == [list(each) for each in pattern.rows])
-    gain = scores["best"] - scores["full"]
     means = {label: float(each.mean()) for label, each in scores.items()}
-    interval = float(1.96 * gain.std(ddof=1) / np.sqrt(len(gain)))
-    return {"best": str(best), "same_theta": same, "trained": {**means, "gain": float(gain.mean()), "interval": interval}}
+    gain, interval = over_episodes(scores["best"] - scores["full"])
+    return {"best": str(best), "same_theta": same, "trained": {**means, "gain": gain, "interval": interval}}
 
 
 def main() -> None:
@@ -227,15 +173,14 @@ def main() -> None:
     parser.add_argument("--at-most", type=float, default=1 / 3, help="operations of a candidate, as a share of the full pattern's")
     parser.add_argument("--rounds", type=int, default=1, help="times that patterns next to the best are tried")
     parser.add_argument("--parts", nargs="+", choices=["many", "one"], default=["many", "one"], help="inner steps, many or one")
-    parser.add_argument("--source", help="caltech101_84_31each.npz; looked up in JMETA_DATA_DIR")
+    parser.add_argument("--source", help=f"{CALTECH}; looked up in JMETA_DATA_DIR")
     parser.add_argument("--runs", type=Path, default=Path("runs") / "lambda_patterns")
     asked = parser.parse_args()
     jm.use_cores()
     jm.use_cache()
-    place = Path(os.environ.get("JMETA_DATA_DIR", ".")) / "caltech101_84_31each.npz"
-    source = asked.source or (str(place) if place.is_file() else None)
+    source = asked.source or caltech()
     if source is None and asked.name.startswith("caltech"):
-        parser.error("--source must name caltech101_84_31each.npz, or JMETA_DATA_DIR the folder that holds it")
+        parser.error(f"--source must name {CALTECH}, or JMETA_DATA_DIR the folder that holds it")
     parts = {"many": ("", many_steps), "one": ("-one-step", one_step)}
     for ending, measure in (parts[part] for part in asked.parts):
         for seed in asked.seeds:

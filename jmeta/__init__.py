@@ -17,6 +17,9 @@ from jmeta.evaluate.continual import Continual as Continual
 from jmeta.evaluate.continual import continual as continual
 from jmeta.evaluate.fewshot import Score as Score
 from jmeta.evaluate.fewshot import fewshot as fewshot
+from jmeta.evaluate.fewshot import paired as paired
+from jmeta.evaluate.routing import Routing as Routing
+from jmeta.evaluate.routing import routing as routing
 from jmeta.evaluate.search import Candidate as Candidate
 from jmeta.evaluate.search import Search as Search
 from jmeta.evaluate.search import search as search

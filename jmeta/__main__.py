@@ -20,7 +20,7 @@ USAGE = """usage: jmeta COMMAND ...
   search RUN [--tolerance 0.01]    find the fastest pattern of adaptation within a tolerance
   presets                          list the presets
   data NAME                        render glyphs or fetch omniglot, and show what is there
-  plot RUN                         draw learning curve, inner steps and an episode
+  plot RUN [--routing]             draw learning curve, inner steps and an episode; or the channels that tasks choose
   compare RESULT ... --out FILE    draw continual results, accuracy against classes learned, in one picture
   bench [speed|growth|overhead|frozen]   time jmeta and peers; how cost grows; what is beside it; what frozen layers save
 

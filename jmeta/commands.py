@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from jmeta import checkpoint, presets, pretrain, runs
 from jmeta.autotune import tune
 from jmeta.core import LONGEST_UNROLL, Batch, MetaLearner, Theta, default_chunk
+from jmeta.evaluate import routing as routes
 from jmeta.evaluate.fewshot import Score, fewshot
 from jmeta.evaluate.search import search as find
 from jmeta.mesh import check_batch, count_devices, share, task_mesh
@@ -29,7 +30,8 @@ from jmeta.train import Fit, Validation, fit
 
 BENCHMARKS = ("speed", "growth", "overhead", "frozen")
 PAPER = 127  # a border brighter than this is paper: the ink is dark
-TEST_KEY, EPISODE_KEY, ADAPT_KEY, SEARCH_KEY = 1, 2, 3, 4  # folded into the seed's key, after the training's own
+ROUTED_WAYS = 5  # of the tasks whose channels are compared, at most: few alphabets have 40 classes
+TEST_KEY, EPISODE_KEY, ADAPT_KEY, SEARCH_KEY, ROUTING_KEY = range(1, 6)  # folded into the seed's key, after the training's own
 # Passes through a task, forward and backward, times parameters, from which a run is tuned: conv4 makes as many in about five
 # minutes on two cores, of which the autotune takes one or two. A shorter run would lose by being tuned.
 TUNED_FROM = 128_000 * 112_000
@@ -480,11 +482,12 @@ def bench(args: list[str]) -> int:
     return subprocess.run([sys.executable, str(folder / f"{name}.py"), *rest, *out], check=False).returncode
 
 
-def plot(run: Annotated[str, tyro.conf.Positional]) -> list[Path]:
+def plot(run: Annotated[str, tyro.conf.Positional], *, routing: bool = False) -> list[Path]:
     """Draws the learning curve, the score against inner steps, and one test episode with its predictions.
 
     Args:
       run: folder of a run.
+      routing: draw instead which channels the test tasks of each alphabet choose, and how far they agree; for a run of nrml.
 
     Returns:
       The PNG files in the run's folder; they are drawn anew.
@@ -493,6 +496,8 @@ def plot(run: Annotated[str, tyro.conf.Positional]) -> list[Path]:
 
     folder = Path(run)
     config, learner, theta = _read(run)
+    if routing:
+        return _plot_routing(config, learner, theta, folder)
     paths = [folder / "learning_curve.png"]
     draw.learning_curve(folder / "metrics.jsonl", paths[0])
     if (folder / "result.json").is_file():
@@ -501,6 +506,19 @@ def plot(run: Annotated[str, tyro.conf.Positional]) -> list[Path]:
     if config.dataset != "sinusoid":
         paths.append(folder / "episode.png")
         _draw_episode(config, learner, theta, paths[-1])
+    return paths
+
+
+def _plot_routing(config: Config, learner: MetaLearner, theta: Theta, folder: Path) -> list[Path]:
+    splits = presets.make_splits(config)
+    if config.method != "nrml" or splits is None:
+        raise ValueError(f"plot: {folder} is of method {config.method}, which chooses no channels; --routing is for nrml.")
+    key, ways = jax.random.fold_in(jax.random.key(config.seed), ROUTING_KEY), min(config.ways, ROUTED_WAYS)
+    found = routes.routing(key, learner, theta, splits.test, config.keep, ways=ways, shots=config.shots)
+    paths = [folder / "routing.json", folder / "routing.png"]
+    checkpoint.write_json(paths[0], {**found.figures(), "ways": ways, "norm": _norm(config), "versions": checkpoint.versions()})
+    found.plot(paths[1])
+    print(f"{found} [norm: {_norm(config)}]")
     return paths
 
 

@@ -9,14 +9,14 @@ import numpy as np
 from scipy.special import stdtrit
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    """A figure on a canvas of its own, which needs neither a display nor pyplot's state."""
+def _figure(width: float, height: float, **panels: Any) -> tuple[Any, Any]:
+    """A figure on a canvas of its own, which needs neither a display nor pyplot's state, and its axes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure((width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots()
+    return figure, figure.subplots(**panels)
 
 
 def learning_curve(metrics: Path, path: Path) -> None:
@@ -124,6 +124,33 @@ def matrix(accuracy: np.ndarray, checkpoints: Sequence[int], path: Path) -> None
     axes.set(xlabel="class, in the order of learning", ylabel="classes learned")
     axes.set_yticks(range(len(checkpoints)), [str(each) for each in checkpoints])
     figure.colorbar(picture, label="accuracy")
+    figure.savefig(path, dpi=120)
+
+
+def routing(groups: Sequence[str], often: np.ndarray, sizes: dict[str, int], overlap: np.ndarray, path: Path) -> None:
+    """Draws how often each group of classes chooses each channel, and the share of channels that tasks have in common.
+
+    Args:
+      groups: their names.
+      often: `[groups, channels]` from 0 to 1, layer beside layer.
+      sizes: channels of each layer.
+      overlap: `[groups, groups]`.
+      path: the PNG to write.
+    """
+    figure, (left, right) = _figure(14, 2 + 0.2 * len(groups), ncols=2, width_ratios=(2, 1))
+    shown = left.imshow(often, cmap="gray", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    edges = np.cumsum([0, *sizes.values()])
+    left.set_yticks(range(len(groups)), groups, fontsize=7)
+    left.set_xticks((edges[:-1] + edges[1:]) / 2, list(sizes), fontsize=7)
+    for edge in edges[1:-1]:
+        left.axvline(edge - 0.5, color="C0")
+    left.set_title("share of a group's tasks that choose a channel", fontsize=9)
+    figure.colorbar(shown, ax=left)
+    shown = right.imshow(overlap, cmap="viridis", interpolation="nearest")
+    right.set_xticks([])
+    right.set_yticks([])
+    right.set_title("channels in common; on the diagonal other classes of one group", fontsize=9)
+    figure.colorbar(shown, ax=right)
     figure.savefig(path, dpi=120)
 
 

@@ -3,6 +3,8 @@
 References:
   Finn, Abbeel, Levine, Model-Agnostic Meta-Learning, ICML 2017 (https://arxiv.org/abs/1703.03400), appendix A: ways, shots, inner
   and outer steps, meta-batches and networks of the `maml-omniglot` and `maml-sinusoid` presets.
+  Cai et al., Neural Routing in Meta Learning, 2022 (https://arxiv.org/abs/2210.07932): the method of the `nrml-omniglot` presets,
+  with 5 inner steps, since a choice of channels depends on the task from the second step on.
 
 Differs from the paper in: inner rates are for a mean loss (see `jmeta.xent`); 5 queries a class in training and 15 in tests; tests
 on unrotated classes; the outer rate of the sine waves falls along a cosine.
@@ -24,6 +26,7 @@ from jmeta.models.adapters import mixed
 from jmeta.models.backbones import conv4, mlp
 from jmeta.models.layers import Norm
 from jmeta.rules.patterns import Pattern, is_traced, pattern
+from jmeta.rules.route import route
 from jmeta.rules.scale import lambda_mask, learned_rates, sparse
 from jmeta.tasks.episodes import episodes
 from jmeta.tasks.feeds import repeat
@@ -39,7 +42,7 @@ IMAGE_SIZE = 28
 class Config:
     """All that a run of the command line depends on: names and numbers alone."""
 
-    method: Literal["maml", "fomaml", "anil", "boil", "meta-sgd", "sparse"] = "maml"
+    method: Literal["maml", "fomaml", "anil", "boil", "meta-sgd", "sparse", "nrml"] = "maml"
     """How tasks are learned."""
     dataset: Literal["glyphs", "omniglot", "sinusoid"] = "glyphs"
     """What is learned; glyphs are rendered, Omniglot is read or downloaded."""
@@ -63,6 +66,10 @@ class Config:
     """Normalisation; with batch, queries are predicted together (transductive)."""
     pattern: str = "full"
     """Layers that adapt at each inner step, such as "suffix(2)*2, head" (the last two layers twice, then the last one)."""
+    keep: float = 0.5
+    """Share of each layer's channels that nrml chooses for a task."""
+    routing: Literal["update", "forward"] = "update"
+    """Whether nrml trains the filters of the chosen channels alone, or silences the others."""
     inner_rate: float = 0.4
     """Rate of the inner steps (their start, for meta-sgd), for a mean loss."""
     inner_steps: int = 1
@@ -122,6 +129,8 @@ PRESETS: dict[str, Config] = {
     "boil-omniglot-5w1s": dataclasses.replace(_OMNIGLOT, method="boil"),
     "meta-sgd-omniglot-5w1s": dataclasses.replace(_OMNIGLOT, method="meta-sgd"),
     "sparse-omniglot-5w1s": dataclasses.replace(_OMNIGLOT, method="sparse"),
+    "nrml-omniglot-5w1s": dataclasses.replace(_OMNIGLOT, method="nrml", inner_steps=5, test_steps=5),
+    "nrml-omniglot-20w1s": dataclasses.replace(_TWENTY, method="nrml"),
     "maml-sinusoid-10s": _SINE,
     "maml-sinusoid-5s": dataclasses.replace(_SINE, shots=5, queries=5, test_queries=5),
 }
@@ -183,7 +192,12 @@ def make_masked(config: Config, steps: int | None, masked: Pattern | None) -> Me
     unroll = config.unroll if steps is None else None
     loss = losses.mse if config.dataset == "sinusoid" else losses.xent
     rule: Any = optax.sgd(config.inner_rate)
-    rule = {"meta-sgd": learned_rates(config.inner_rate), "sparse": chain(rule, sparse())}.get(config.method, rule)
+    others: dict[str, Callable[[], Any]] = {
+        "meta-sgd": lambda: learned_rates(config.inner_rate),
+        "sparse": lambda: chain(rule, sparse()),
+        "nrml": lambda: chain(route(config.keep, where=config.routing), rule),
+    }
+    rule = others.get(config.method, lambda: rule)()
     rule = rule if masked is None else lambda_mask(masked, rule)
     make = {"anil": anil, "boil": boil}.get(config.method, maml)
     order = 1 if config.method == "fomaml" else 2

@@ -31,6 +31,8 @@ class Score(NamedTuple):
       by_step: `[steps + 1, 2]`, mean and interval after 0..steps inner steps; `[1, 2]` where the last alone was measured.
       episodes: how many episodes.
       transductive: whether predictions of the queries depend on each other, found by predicting one alone.
+      each: the metric of each episode after the last inner step, `[episodes]`. Learners that are tested with one key meet the same
+        episodes, so the differences of theirs have an interval of their own (`jmeta.paired`).
     """
 
     mean: float
@@ -38,6 +40,7 @@ class Score(NamedTuple):
     by_step: np.ndarray
     episodes: int
     transductive: bool
+    each: np.ndarray
 
     def __str__(self) -> str:
         """`0.987 ± 0.004 (95 % interval, 600 episodes, transductive); by inner step: 0.251 0.987`."""
@@ -45,6 +48,29 @@ class Score(NamedTuple):
         text = f"{self.mean:.3f} ± {self.interval:.3f} (95 % interval, {self.episodes} episodes, {kind})"
         steps = " ".join(f"{mean:.3f}" for mean in self.by_step[:, 0])
         return f"{text}; by inner step: {steps}" if len(self.by_step) > 1 else text
+
+
+def paired(score: Score, other: Score) -> tuple[float, float]:
+    """How much higher one learner scores than another on the same episodes.
+
+    Args:
+      score: of one, by `fewshot`.
+      other: of the other, by `fewshot` with the same key and tasks.
+
+    Returns:
+      The mean difference and half its 95 % interval, 1.96 standard errors of the differences.
+
+    Raises:
+      ValueError: the numbers of episodes differ.
+    """
+    if score.episodes != other.episodes:
+        raise ValueError(f"paired: the scores must be of the same episodes, got {score.episodes} and {other.episodes} of them.")
+    return over_episodes(score.each - other.each)
+
+
+def over_episodes(values: np.ndarray) -> tuple[float, float]:
+    """Mean, and half its 95 % interval."""
+    return float(values.mean()), float(1.96 * values.std(ddof=1) / np.sqrt(len(values)))
 
 
 @functools.partial(jax.jit, static_argnums=range(6))
@@ -119,10 +145,10 @@ def fewshot(
     run = functools.partial(_curves, *program, *replicate((theta, tasks.data), mesh))
     curves = [np.asarray(run(part, staged)) for part, staged in ahead(tasks, keys)]
     values = np.concatenate(curves)[:episodes].astype(np.float64)
-    by_step = np.stack([values.mean(0), 1.96 * values.std(0, ddof=1) / np.sqrt(episodes)], -1)
+    by_step = np.array([over_episodes(each) for each in values.T])
     first = jax.tree.map(lambda leaf: leaf[0], _stage(tasks, keys[0, :1])) if tasks.stage else tasks.data
     gap = float(_gap(learner, tasks.sample, theta, keys[0, 0], first))
-    return Score(float(by_step[-1, 0]), float(by_step[-1, 1]), by_step, episodes, gap > 1e-3)
+    return Score(float(by_step[-1, 0]), float(by_step[-1, 1]), by_step, episodes, gap > 1e-3, values[:, -1])
 
 
 def _stage(tasks: Tasks, keys: jax.Array) -> Any:

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from jmeta import plot
 from jmeta.core import MetaLearner, Tasks, Theta
 from jmeta.evaluate import trials
+from jmeta.evaluate.fewshot import over_episodes
 from jmeta.losses import accuracy as share_right
 from jmeta.mesh import check_mesh
 from jmeta.rules.patterns import Pattern, pattern
@@ -248,14 +249,15 @@ def _compared(candidates: Sequence[Pattern], kept: trials.Kept) -> list[Candidat
     for each in candidates:
         scores = kept.scores[each]
         latency, seconds = kept.seconds.get(each, (None, None))
-        figures = (*_mean(scores), *_mean(scores - reference), kept.operations[each], latency, seconds and 1 / seconds)
+        figures = (
+            *over_episodes(scores),
+            *over_episodes(scores - reference),
+            kept.operations[each],
+            latency,
+            seconds and 1 / seconds,
+        )
         found.append(Candidate(each, *figures))
     return found
-
-
-def _mean(values: np.ndarray) -> tuple[float, float]:
-    """Mean, and half its 95 % interval."""
-    return float(values.mean()), float(1.96 * values.std(ddof=1) / np.sqrt(len(values)))
 
 
 def _front(candidates: Iterable[Candidate], by: str) -> tuple[Candidate, ...]:

@@ -52,8 +52,8 @@ def route(
         `block10`).
       keep_meta: the same for the outer loop: kernels and biases of the filters that a task's phi does not choose are left out of
         its meta-gradient.
-      where: "update" trains the chosen filters (kernel and bias), "forward" silences all channels but the chosen, whose filters then
-        have no gradient, but for what they add to statistics that are taken over several channels (norm "group" or "layer").
+      where: "update" trains the chosen filters (kernel and bias), "forward" silences all channels but the chosen; the filters of
+        silent ones have no gradient, but for what they add to statistics taken over several channels (norm "group" or "layer").
       score: whether the scales' magnitudes or their signed values are compared.
       refresh: whether the choice is made anew at each step, or holds for a task from its beginning.
       per: whether channels compete within their layer or, by `keep` alone, all with each other; each layer then keeps one at least.

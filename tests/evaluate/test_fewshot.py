@@ -27,6 +27,7 @@ def test_score_equals_a_loop_over_episodes(key):
     assert score.mean == pytest.approx(np.mean(values), abs=1e-6)
     assert score.interval == pytest.approx(1.96 * np.std(values, ddof=1) / np.sqrt(30), abs=1e-6)
     assert score.by_step.shape == (3, 2) and score.by_step[-1, 0] == score.mean
+    np.testing.assert_allclose(score.each, values, atol=1e-6)
     before = jax.vmap(lambda key: tasks.sample(key, ()))(
         jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i))[0])(jnp.arange(30))
     )
@@ -53,6 +54,17 @@ def test_transduction_is_found_and_printed(key, norm, transductive):
     assert score.transductive == transductive
     assert ("not transductive" in str(score)) != transductive
     assert "5 episodes" in str(score) and "95 % interval" in str(score)
+
+
+def test_paired_differences_are_those_of_the_same_episodes(key):
+    theta = _learner().init(key)
+    one, other = (jm.fewshot(key, _learner(steps=steps), theta, toys.blobs(), 30) for steps in (2, 0))
+    mean, interval = jm.paired(one, other)
+    assert mean == pytest.approx(one.mean - other.mean)
+    assert interval == pytest.approx(1.96 * (one.each - other.each).std(ddof=1) / 30**0.5)
+    assert jm.paired(one, one) == (0.0, 0.0)
+    with pytest.raises(ValueError, match="same episodes, got 30 and 5"):
+        jm.paired(one, jm.fewshot(key, _learner(), theta, toys.blobs(), 5))
 
 
 def test_too_few_episodes_have_no_interval(key):
