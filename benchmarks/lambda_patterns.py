@@ -134,14 +134,14 @@ def many_steps(problem: Set, seed: int, asked: argparse.Namespace, folder: Path,
     many.plot(picture)
     chance = randoms(many.best.pattern, work(problem, STEPS, theta), seed)
     head = jm.pattern(problem.model, "head", STEPS)
-    wanted = list(dict.fromkeys([many.best.pattern, many.most_accurate.pattern, head, *chance]))
+    wanted = list(dict.fromkeys([many.best.pattern, many.sure.pattern, many.most_accurate.pattern, head, *chance]))
     tests = {"test": (problem.test, TEST_KEY)} | ({} if problem.shift is None else {"shift": (problem.shift, SHIFT_KEY)})
     result = {
         where: compared(problem, STEPS, theta, tasks, number, seed, wanted, folder / f"{where}.json")
         for where, (tasks, number) in tests.items()
     }
     choice = {"at_most": asked.at_most, "rounds": asked.rounds, "randoms": [str(each) for each in chance]}
-    return {**result, "best": str(many.best.pattern), **choice, "valid": many.as_dict()}
+    return {**result, "best": str(many.best.pattern), "sure": str(many.sure.pattern), **choice, "valid": many.as_dict()}
 
 
 def one_step(problem: Set, seed: int, asked: argparse.Namespace, folder: Path, picture: Path) -> dict[str, Any]:

@@ -155,6 +155,7 @@ class Rule(NamedTuple):
       meta: `(gradient, theta, phi) -> gradient`, on a task's meta-gradient before it is averaged over tasks.
       clears: whether an inner optimiser's state that goes on from task to task (`carry_state`) becomes 0 where resets changed the
         parameters; in a chain for all of its resets, if one part asks for it.
+      private: whether what the reset changes is the task's alone, so that a learner must not carry it on to the next.
       parts: the rules that a chain was made of; None in a rule that is no chain.
     """
 
@@ -166,6 +167,7 @@ class Rule(NamedTuple):
     phase: Callable[[int], Hashable] = _no_phase
     meta: Callable[[Any, Any, Any], Any] = _no_meta
     clears: bool = False
+    private: bool = False
     parts: tuple["Rule", ...] | None = None
 
 
@@ -269,7 +271,8 @@ def chain(*parts: Rule | optax.GradientTransformation) -> Rule:
         return gradient
 
     both = optax.GradientTransformationExtraArgs(start, update)
-    return Rule("chain", init, reset, gate, both, phase, meta, any(rule.clears for rule in rules), tuple(rules))
+    clears, private = (any(getattr(rule, each) for rule in rules) for each in ("clears", "private"))
+    return Rule("chain", init, reset, gate, both, phase, meta, clears, private, tuple(rules))
 
 
 class Theta(NamedTuple):
@@ -355,8 +358,16 @@ def inner_loop(
 
     Returns:
       An `InnerLoop`.
+
+    Raises:
+      ValueError: `carry_state` is asked for under a rule whose reset is a task's alone, which that state would undo.
     """
     rule = chain(rule)
+    if carry_state and rule.private:
+        raise ValueError(
+            "carry_state: the state would bring back what the rule silences for a task. Usual cause: jmeta.route with "
+            "where='forward' and refresh='task'; use refresh='step'."
+        )
 
     def begin(key, theta, support):
         params, memory = rule.reset(key, theta.params, support, hyper=theta.hyper), theta.memory

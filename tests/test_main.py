@@ -228,3 +228,16 @@ def test_pretraining_is_zapped_resumed_and_evaluated_both_ways(place):
         else:
             assert "no result of --protocol continual" in _fails("compare", *results, "--out", "other.png", cwd=place)
     assert "is one of pre-training" in _fails("eval", "zapped", cwd=place)
+
+
+def test_channels_that_nrmls_tasks_choose_are_compared(place, run):
+    few = ["--steps", 4, "--inner-steps", 2, "--test-steps", 2, "--out", "routed"]
+    done = _jmeta("train", "nrml-omniglot-5w1s", "--source", "images.npz", *few, *SMALL, cwd=place)
+    assert done.returncode == 0, done.stderr
+    done = _jmeta("plot", "routed", "--routing", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert "channels in common: same classes" in done.stdout and "[norm: batch]" in done.stdout
+    found = json.loads((place / "routed" / "routing.json").read_text())
+    assert found["chance"] == 0.5 and 0.5 < found["same classes"][0] <= 1 and found["groups"] > 2
+    assert (place / "routed" / "routing.png").stat().st_size > 1000
+    assert "is of method anil, which chooses no channels" in _fails("plot", "run", "--routing", cwd=place)

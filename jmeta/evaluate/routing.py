@@ -33,19 +33,22 @@ class Routing(NamedTuple):
     groups: tuple[str, ...]
     chosen: dict[str, np.ndarray]
 
+    def _flat(self) -> np.ndarray:
+        return np.concatenate(list(self.chosen.values()), -1)
+
     @property
     def overlap(self) -> np.ndarray:
         """Share of its channels that a task of one group has in common with one of another, `[groups, groups]`.
 
         On the diagonal the two tasks are of one group, but have no class in common.
         """
-        flat = np.concatenate(list(self.chosen.values()), -1).astype(float)
+        flat = self._flat().astype(float)
         return np.einsum("adc,bdc->ab", flat[:, :, 0], flat[:, :, 2]) / flat[:, :, 0].sum(-1).mean() / flat.shape[1]
 
     @property
     def again(self) -> np.ndarray:
         """The same for two tasks of the same classes, with other drawings, `[groups]`."""
-        flat = np.concatenate(list(self.chosen.values()), -1)
+        flat = self._flat()
         return (flat[:, :, 0] & flat[:, :, 1]).sum((1, 2)) / flat[:, :, 0].sum((1, 2))
 
     @property
@@ -56,10 +59,15 @@ class Routing(NamedTuple):
         return float(sum(common) / sum(sizes))
 
     def figures(self) -> dict[str, Any]:
-        """Means over groups with their 95 % intervals by Student's t, and the shares by chance, for JSON."""
+        """Means over groups and the share by chance, for JSON.
+
+        The 95 % intervals are Student's t over groups. A pair of groups concerns both, so for them it is taken over jackknife
+        pseudo-values (Efron, Tibshirani, An Introduction to the Bootstrap, 1993, chapter 11).
+        """
         overlap, count = self.overlap, len(self.groups)
         within = np.diag(overlap)
-        across = (overlap.sum(0) + overlap.sum(1) - 2 * within) / (2 * (count - 1))
+        apart = (overlap + overlap.T - 2 * np.diag(within)).sum(1) / (2 * (count - 1))  # of each group from the others
+        across = (2 * (count - 1) * apart - count * apart.mean()) / (count - 2)
         rows = {
             "same classes": self.again,
             "same group": within,
@@ -97,6 +105,7 @@ def routing(
     draws: int = 20,
     score: Score = "abs",
     per: Per = "layer",
+    pairs: tuple[tuple[str, str], ...] | None = None,
 ) -> Routing:
     """Which channels the adapted networks of tasks choose.
 
@@ -113,32 +122,37 @@ def routing(
       draws: of each group.
       score: as the rule's.
       per: as the rule's.
+      pairs: as the rule's.
 
     Returns:
       A `Routing`; print it.
 
     Raises:
-      ValueError: fewer than two groups are large enough, or a class has fewer than `2 * shots` images.
+      ValueError: fewer than three groups are large enough, a class has fewer than `2 * shots` images, or a number is below 1.
     """
+    for name, value in {"ways": ways, "shots": shots, "draws": draws}.items():
+        if value < 1:
+            raise ValueError(f"routing: {name} must be at least 1, got {value}.")
     groups = _groups(images, ways, shots)
     key_draw, key_learn = jax.random.split(key)
     rng = np.random.default_rng(np.asarray(jax.random.bits(key_draw, (4,))))
     rows = np.stack([_three(rng, images, own, ways, shots) for own in groups.values() for _ in range(draws)])
-    y = jnp.repeat(jnp.arange(ways), shots)
+    rows = rows.reshape(-1, ways, shots)
+    program = learner.adapt, keep, score, per, pairs
+    chosen = jax.device_get(_chosen(*program, theta, images.pixels, jax.random.split(key_learn, len(rows)), rows))
+    return Routing(tuple(groups), {name: each.reshape(len(groups), draws, 3, -1) for name, each in chosen.items()})
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def choose(adapt, theta, pixels, keys, rows):
-        def one(key_and_rows):
-            support = pixels[key_and_rows[1]].astype(jnp.float32) / 255
-            return channels(adapt(key_and_rows[0], theta, Batch(support, y)).params, keep, score=score, per=per)
 
-        return jax.lax.map(one, (keys, rows))
+@functools.partial(jax.jit, static_argnums=range(5))
+def _chosen(adapt, keep, score, per, pairs, theta, pixels, keys, rows):
+    """What the tasks of these rows of images `[tasks, ways, shots]` choose, `{normalisation: bool[tasks, C]}`."""
+    y = jnp.repeat(jnp.arange(rows.shape[1]), rows.shape[2])
 
-    rows = rows.reshape(-1, ways * shots)
-    chosen = choose(learner.adapt, theta, images.pixels, jax.random.split(key_learn, len(rows)), rows)
-    return Routing(
-        tuple(groups), {name: np.asarray(each).reshape(len(groups), draws, 3, -1) for name, each in jax.device_get(chosen).items()}
-    )
+    def one(key_and_rows):
+        support = pixels[key_and_rows[1].reshape(-1)].astype(jnp.float32) / 255
+        return channels(adapt(key_and_rows[0], theta, Batch(support, y)).params, keep, score=score, per=per, pairs=pairs)
+
+    return jax.lax.map(one, (keys, rows))
 
 
 def _groups(images: Images, ways: int, shots: int) -> dict[str, np.ndarray]:
@@ -146,10 +160,10 @@ def _groups(images: Images, ways: int, shots: int) -> dict[str, np.ndarray]:
     group = np.array([name.rpartition("/")[0] for name in images.names])
     found = {str(name): np.flatnonzero(group == name) for name in np.unique(group) if name}
     large = {name: own for name, own in found.items() if len(own) >= 2 * ways}
-    if len(large) < 2:
+    if len(large) < 3:
         sizes = ", ".join(f"{name} {len(own)}" for name, own in found.items()) or "none"
         raise ValueError(
-            f"routing: images must have two groups of at least 2 * ways = {2 * ways} classes, got {sizes}. Usual cause: names "
+            f"routing: images must have three groups of at least 2 * ways = {2 * ways} classes, got {sizes}. Usual cause: names "
             "unlike 'group/class', or a split that parts the groups (of Omniglot's, 'background' keeps alphabets whole)."
         )
     few = min(int(images.count[own].min()) for own in large.values())

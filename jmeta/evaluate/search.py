@@ -61,6 +61,7 @@ class Search(NamedTuple):
 
     Attributes:
       best: the cheapest candidate whose accuracy is within the tolerance of the reference's.
+      sure: the cheapest that is so by the worse end of its difference's interval as well: the best of many may have been lucky.
       most_accurate: the most accurate.
       front: those than which none is both cheaper and more accurate, the cheapest first (the Pareto front).
       table: all candidates, the cheapest first.
@@ -71,6 +72,7 @@ class Search(NamedTuple):
     """
 
     best: Candidate
+    sure: Candidate
     most_accurate: Candidate
     front: tuple[Candidate, ...]
     table: tuple[Candidate, ...]
@@ -81,7 +83,7 @@ class Search(NamedTuple):
 
     def __str__(self) -> str:
         """A line for each member of the front, and what was chosen."""
-        rows = [_line(each, self.reference, self.by) for each in dict.fromkeys([*self.front, self.best, self.reference])]
+        rows = [_line(each, self.reference, self.by) for each in dict.fromkeys([*self.front, self.best, self.sure, self.reference])]
         chosen = f"best within {self.tolerance:g} of {self.reference.pattern}, over {self.episodes} episodes: {self.best.pattern}"
         untimed = sum(each.latency is None for each in self.table)
         left = (
@@ -89,7 +91,8 @@ class Search(NamedTuple):
             if untimed and self.by in TIMES
             else []
         )
-        return "\n".join([HEADER, *rows, *left, chosen, self.best.pattern.grid()])
+        sure = "" if self.sure == self.best else f"\nand by the worse end of the interval too: {self.sure.pattern}"
+        return "\n".join([HEADER, *rows, *left, chosen + sure, self.best.pattern.grid()])
 
     def plot(self, path: str | Path) -> Path:
         """Draws accuracy against cost, with the front; writes a PNG."""
@@ -101,7 +104,7 @@ class Search(NamedTuple):
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; `best` is what `jmeta.load_pattern` reads."""
-        parts = {"best": self.best, "most_accurate": self.most_accurate, "reference": self.reference}
+        parts = {name: getattr(self, name) for name in ("best", "sure", "most_accurate", "reference")}
         return {
             **{name: _as_dict(each) for name, each in parts.items()},
             "front": [_as_dict(each) for each in self.front],
@@ -281,6 +284,7 @@ def _result(candidates: Sequence[Candidate], tolerance: float, episodes: int, by
         return each.cost(by), each.operations, -each.accuracy
 
     best = min((each for each in candidates if each.difference >= -tolerance), key=cost)
+    sure = min((each for each in candidates if each.difference - each.difference_interval >= -tolerance), key=cost)
     most_accurate = max(candidates, key=lambda each: (each.accuracy, -each.operations))
     table = tuple(sorted(candidates, key=cost))
-    return Search(best, most_accurate, _front(candidates, by), table, candidates[0], tolerance, episodes, by)
+    return Search(best, sure, most_accurate, _front(candidates, by), table, candidates[0], tolerance, episodes, by)

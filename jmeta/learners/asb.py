@@ -68,6 +68,11 @@ def asb(
         raise ValueError("asb: the rule has slots='zero', but the inner optimiser begins anew with each task; use slots='keep'.")
     if through and order == 2:
         check_differentiable("asb", rule, model, data.steps)
+    if rule.private:
+        raise ValueError(
+            "asb: what a sequence changes goes on to the next, but the rule silences parts of the network for one task. Usual "
+            "cause: jmeta.route with where='forward' and refresh='task'; use refresh='step'."
+        )
     loop = inner_loop(model, loss, rule, data, order=order if through else 1, unroll=unroll, remat=remat)
 
     def init(key):

@@ -192,7 +192,7 @@ def normalise(norm: Norm, x: jax.Array) -> jax.Array:
     """
     axes = tuple(range(1, x.ndim))
     if norm == "group":
-        groups = next(count for count in (8, 4, 2, 1) if x.shape[-1] % count == 0 and x.shape[-1] > count)
+        groups = next((count for count in (8, 4, 2) if x.shape[-1] % count == 0 and x.shape[-1] > count), 1)
         return nn.GroupNorm(num_groups=groups, epsilon=EPSILON, name="norm")(x)
     if norm == "layer":
         return nn.LayerNorm(epsilon=EPSILON, reduction_axes=axes, name="norm")(x)

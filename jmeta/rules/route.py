@@ -2,7 +2,7 @@
 
     chosen = the floor(keep * C) channels of a layer with the largest score, |scale| or scale
 
-    where="update"     gradient of a filter <- chosen * gradient          every channel is used, the chosen ones are trained
+    where="update"     update of a filter <- chosen * update              every channel is used, the chosen ones are trained
     where="forward"    scale, bias <- chosen * (scale, bias)              the other channels are silent
     keep_meta < 1      a task's meta-gradient of a filter <- chosen by phi * it, before tasks are averaged
 
@@ -11,7 +11,7 @@ References:
 
 Differs from the paper in: its released code ranks signed scales and only updates what is chosen, its README speaks of magnitudes,
 its abstract of using parts of the network; all are here. Each task's own choice masks its meta-gradient. Equal scores, as all are
-in a new network, are drawn by lot, where the code takes the first channels.
+in a new network, are drawn by lot, where the code takes the first channels. The code is first order; here the learner says.
 """
 
 import math
@@ -28,7 +28,7 @@ from jmeta.core import Params, Rule, memoise
 
 Score = Literal["abs", "signed"]
 Per = Literal["layer", "global"]
-Path = tuple[str, ...]
+Path = tuple[Any, ...]  # names; numbers in a list of an NNX module
 
 
 @memoise
@@ -42,10 +42,15 @@ def route(
     per: Per = "layer",
     pairs: tuple[tuple[str, str], ...] | None = None,
 ) -> Rule:
-    """Gives each task its own part of a network; chain it in front of the optimiser, `chain(route(0.5), optax.sgd(0.1))`.
+    """Gives each task its own part of a network: `chain(route(0.5), optax.sgd(0.1))`.
 
     Before the first inner step the scales are the meta-learned ones and the choice is the same for all tasks: it takes
     `refresh="step"` and two steps or more to depend on the task. The choice itself has no gradient.
+
+    In front of an optimiser gradients are masked, as in the released code, and behind it updates, `chain(optax.adam(1e-3),
+    route(0.5))`. That is the same for plain gradient descent; an optimiser with momentum or decay moves filters that are not chosen
+    unless the rule stands behind it. Patterns and `jmeta.only` take the optimiser, with the rule beside them,
+    `chain(route(0.5), only("head", optax.sgd(0.1)))`: inside `only` it reaches those layers alone.
 
     Args:
       keep: share of the channels that are chosen, of every layer or a share for each, in the order of their names (`block2` before
@@ -55,11 +60,12 @@ def route(
       where: "update" trains the chosen filters (kernel and bias), "forward" silences all channels but the chosen; the filters of
         silent ones have no gradient, but for what they add to statistics taken over several channels (norm "group" or "layer").
       score: whether the scales' magnitudes or their signed values are compared.
-      refresh: whether the choice is made anew at each step, or holds for a task from its beginning.
+      refresh: whether the choice is made anew at each step, or holds for a task from its beginning; for where="forward" the latter
+        is kept as zeros in the scales and biases, so other resets stand in front of the rule.
       per: whether channels compete within their layer or, by `keep` alone, all with each other; each layer then keeps one at least.
-      pairs: normalisations and the layers whose channels they scale, as `(("block1/norm", "block1/conv"), ...)`. If None, the
-        layers of as many channels that stand beside them under the same name, or there with the same number (`Conv_0` and
-        `GroupNorm_0`).
+      pairs: normalisations, and the layers before them whose channels they scale, as `(("block1/norm", "block1/conv"), ...)`. If
+        None, the layers of as many channels and the same number beside them (`Conv_0` and `GroupNorm_0`), or the only ones; give
+        them where normalisations stand before layers, or only some layers have one.
 
     Returns:
       A rule.
@@ -76,22 +82,26 @@ def route(
     """
     named = {"where": (where, ("update", "forward")), "refresh": (refresh, ("step", "task"))}
     inner, meta = _Choice(keep, score, per, pairs), _Choice(keep_meta, score, per, pairs)
-    inner.check("keep", named)
-    meta.check("keep_meta", {})
+    inner.check("route", "keep", named)
+    meta.check("route", "keep_meta", {})
 
     def init(params):
         sizes = [len(scale) for scale in inner.scales(params, "route").values()]
         for choice in (inner, meta):
-            choice.counts(sizes)
+            choice.counts(sizes, "route")
         if where == "update" or keep_meta != 1:
             check_pairs(params, pairs)
         return ()
 
+    def reset(key, params, support, *, hyper):
+        init(params)  # theta may be of another rule, whose init saw other parameters
+        return _silent(params, inner(params, key)) if (where, refresh) == ("forward", "task") else params
+
     def masked(gradient, theta, phi):
         return gradient._replace(params=_by_filter(gradient.params, phi.params, meta(phi.params), pairs))
 
-    own: dict[str, Any] = _update(inner, refresh) if where == "update" else _forward(inner, refresh)
-    return Rule("route", init, **own, **({} if keep_meta == 1 else {"meta": masked}))
+    own: dict[str, Any] = {"update": _update(inner, refresh)} if where == "update" else _forward(inner, refresh)
+    return Rule("route", init, reset, **own, **({} if keep_meta == 1 else {"meta": masked}))
 
 
 def channels(
@@ -101,6 +111,7 @@ def channels(
     score: Score = "abs",
     per: Per = "layer",
     key: jax.Array | None = None,
+    pairs: tuple[tuple[str, str], ...] | None = None,
 ) -> dict[str, jax.Array]:
     """Which channels `route` chooses for these parameters.
 
@@ -110,6 +121,7 @@ def channels(
       score: see `route`.
       per: see `route`.
       key: by which equal scores are drawn; a lot of its own, always the same, if None.
+      pairs: see `route`; only the normalisations are read.
 
     Returns:
       For each normalisation `{"block1/norm": bool[C], ...}`.
@@ -120,10 +132,10 @@ def channels(
     >>> channels({"norm": {"scale": jnp.array([3.0, 1.0, -4.0, 1.5])}}, 0.5)["norm"].tolist()
     [True, False, True, False]
     """
-    choice = _Choice(keep, score, per, None)
-    choice.check("keep", {})
-    choice.scales(params, "channels")
-    return {"/".join(path): chosen for path, chosen in choice(params, key).items()}
+    choice = _Choice(keep, score, per, pairs)
+    choice.check("channels", "keep", {})
+    choice.counts([len(scale) for scale in choice.scales(params, "channels").values()], "channels")
+    return {_text(path): chosen for path, chosen in choice(params, key).items()}
 
 
 class _Choice(NamedTuple):
@@ -151,10 +163,10 @@ class _Choice(NamedTuple):
 
     def scales(self, params: Params, name: str | None = None) -> dict[Path, jax.Array]:
         """The scales of every normalisation; with the name of a function in whose stead an error is raised where there are none."""
-        found = {path: scale for path, scale in _norms(params) if self.pairs is None or "/".join(path) in dict(self.pairs)}
-        missing = sorted({norm for norm, _ in self.pairs or ()} - {"/".join(path) for path in found})
+        found = {path: scale for path, scale in _norms(params) if self.pairs is None or _text(path) in dict(self.pairs)}
+        missing = sorted({norm for norm, _ in self.pairs or ()} - {_text(path) for path in found})
         if name and (missing or not found):
-            there = ", ".join("/".join(path) for path, _ in _norms(params)) or "none"
+            there = ", ".join(_text(path) for path, _ in _norms(params)) or "none"
             leaves = jax.tree_util.tree_leaves_with_path(params)
             kinds = ", ".join(sorted({str(getattr(path[-1], "key", path[-1])) for path, _ in leaves}))
             raise ValueError(
@@ -163,12 +175,12 @@ class _Choice(NamedTuple):
             )
         return found
 
-    def counts(self, sizes: list[int]) -> list[int]:
+    def counts(self, sizes: list[int], name: str = "route") -> list[int]:
         """How many channels are chosen of each layer; over all layers only their sum says something."""
         if isinstance(self.keep, tuple) and len(self.keep) != len(sizes):
             raise ValueError(
-                f"route: keep has {len(self.keep)} shares for {len(sizes)} normalisations; give one each, or one number. Usual "
-                "cause: a rule inside lambda_mask or only, which shows it some layers alone; chain it in front of them."
+                f"{name}: keep has {len(self.keep)} shares for {len(sizes)} normalisations; give one each, or one number. Usual "
+                "cause: a rule inside only, which shows it some layers alone; chain it in front."
             )
         keeps = self.keep if isinstance(self.keep, tuple) else (self.keep,) * len(sizes)
         if self.per == "global":
@@ -177,20 +189,20 @@ class _Choice(NamedTuple):
         found = [_floor(share * size) for share, size in zip(keeps, sizes, strict=True)]
         empty = [f"keep {share} of {size}" for share, size, count in zip(keeps, sizes, found, strict=True) if not count]
         if empty:
-            raise ValueError(f"route: a layer would be left without channels, {empty[0]}; keep at least {1 / min(sizes):.3g}.")
+            raise ValueError(f"{name}: a layer would be left without channels, {empty[0]}; keep at least {1 / min(sizes):.3g}.")
         return found
 
-    def check(self, argument: str, named: dict[str, tuple[str, tuple[str, ...]]]) -> None:
+    def check(self, name: str, argument: str, named: dict[str, tuple[str, tuple[str, ...]]]) -> None:
         """Refuses shares outside (0, 1] and words that mean nothing."""
         shares = self.keep if isinstance(self.keep, tuple) else (self.keep,)
         if not shares or not all(isinstance(share, int | float) and 0 < share <= 1 for share in shares):
-            raise ValueError(f"route: {argument} must be above 0 and at most 1, or a tuple of such shares, got {self.keep!r}.")
+            raise ValueError(f"{name}: {argument} must be above 0 and at most 1, or a tuple of such shares, got {self.keep!r}.")
         if self.per == "global" and len(shares) > 1:
-            raise ValueError(f"route: per='global' takes one share for all layers, got {argument} {self.keep!r}.")
+            raise ValueError(f"{name}: per='global' takes one share for all layers, got {argument} {self.keep!r}.")
         named = {"score": (self.score, ("abs", "signed")), "per": (self.per, ("layer", "global")), **named}
-        for name, (value, known) in named.items():
+        for each, (value, known) in named.items():
             if value not in known:
-                raise ValueError(f"route: {name} must be {known[0]!r} or {known[1]!r}, got {value!r}.")
+                raise ValueError(f"{name}: {each} must be {known[0]!r} or {known[1]!r}, got {value!r}.")
 
 
 def _floor(value: float) -> int:
@@ -205,41 +217,43 @@ def _best(key: jax.Array, scores: jax.Array, count: int) -> jax.Array:
     return jnp.zeros(len(scores), bool).at[order[:count]].set(True)
 
 
-def _update(choose: _Choice, refresh: str) -> dict[str, Any]:
-    """The rule's fields where the chosen filters alone are trained."""
+def _update(choose: _Choice, refresh: str) -> optax.GradientTransformationExtraArgs:
+    """Where the chosen filters alone are trained. A task's choice is kept as one array, with the last step that it was for."""
 
     def start(params):
-        nothing = {path: jnp.zeros(scale.shape, bool) for path, scale in choose.scales(params).items()}
-        return (jnp.zeros((), bool), nothing) if refresh == "task" else ()
+        size = sum(len(scale) for scale in choose.scales(params).values())
+        return (jnp.array(np.iinfo(np.int32).max), jnp.zeros(size, bool)) if refresh == "task" else ()
 
     def update(updates, state, params=None, *, step=0, key=None, **_):
         chosen = choose(params, key)
-        if refresh == "task":
-            begun, first = state
-            kept = begun & (step != 0)  # a state may go on from the task before
-            chosen = {path: jnp.where(kept, first[path], own) for path, own in chosen.items()}
-            state = jnp.ones((), bool), chosen
+        if refresh == "task" and chosen:
+            last, kept = state
+            first = jnp.split(kept, np.cumsum([len(own) for own in chosen.values()])[:-1])
+            goes_on = step > last  # or another task has begun, to which the optimiser's state is carried
+            chosen = {path: jnp.where(goes_on, old, own) for (path, own), old in zip(chosen.items(), first, strict=True)}
+            state = jnp.asarray(step, jnp.int32), jnp.concatenate(list(chosen.values()))
         return _by_filter(updates, params, chosen, choose.pairs), state
 
-    return {"update": optax.GradientTransformationExtraArgs(start, update)}
+    return optax.GradientTransformationExtraArgs(start, update)
 
 
 def _forward(choose: _Choice, refresh: str) -> dict[str, Any]:
-    """The rule's fields where the other channels are silent."""
+    """The rule's gate where the other channels are silent."""
 
-    def silence(params, chosen):
-        for path, here in chosen.items():
-            own = {name: jnp.where(here, leaf, 0) for name, leaf in _at(params, path).items()}
-            params = _with(params, path, own)
-        return params
+    def gate(params, *, step, hyper, key):
+        if refresh == "step":
+            return _silent(params, choose(params, key))
+        # Keeps what the task's beginning has set to 0 from coming back by its gradient.
+        return _silent(params, {path: scale != 0 for path, scale in choose.scales(params).items()})
 
-    if refresh == "step":
-        return {"gate": lambda params, *, step, hyper, key: silence(params, choose(params, key))}
+    return {"gate": gate, "private": refresh == "task"}
 
-    def gate(params, *, step, hyper, key):  # keeps what a task's beginning has set to 0 from coming back by its gradient
-        return silence(params, {path: scale != 0 for path, scale in choose.scales(params).items()})
 
-    return {"reset": lambda key, params, support, *, hyper: silence(params, choose(params, key)), "gate": gate}
+def _silent(params: Params, chosen: dict[Path, jax.Array]) -> Params:
+    """The parameters without the scales and biases of channels that are not chosen."""
+    for path, here in chosen.items():
+        params = _with(params, path, {name: jnp.where(here, leaf, 0) for name, leaf in _at(params, path).items()})
+    return params
 
 
 def _by_filter(tree: Any, params: Params, chosen: dict[Path, jax.Array], pairs: tuple[tuple[str, str], ...] | None) -> Any:
@@ -262,8 +276,9 @@ def paired(params: Params, pairs: tuple[tuple[str, str], ...] | None = None) -> 
     """
     if pairs is None:
         return {path: _beside(params, path, scale) for path, scale in _norms(params)}
-    given = {tuple(norm.split("/")): tuple(layer.split("/")) for norm, layer in pairs}
-    return {path: [given[path]] for path, scale in _norms(params) if path in given and _fits(_at(params, given[path]), scale)}
+    layers = dict(pairs)
+    given = {path: (_path(params, layers[_text(path)]), scale) for path, scale in _norms(params) if _text(path) in layers}
+    return {path: [layer] for path, (layer, scale) in given.items() if _fits(_at(params, layer), scale)}
 
 
 def check_pairs(params: Params, pairs: tuple[tuple[str, str], ...] | None = None) -> None:
@@ -272,31 +287,36 @@ def check_pairs(params: Params, pairs: tuple[tuple[str, str], ...] | None = None
     Raises:
       ValueError: it does not, or cannot be told.
     """
-    found = paired(params, pairs)
+    found = {_text(path): fitting for path, fitting in paired(params, pairs).items()}
     layers = [path for fitting in found.values() for path in fitting]
-    for norm in found if pairs is None else (tuple(norm.split("/")) for norm, _ in pairs):
+    for norm in found if pairs is None else dict(pairs):
         fitting = found.get(norm, [])
         if len(fitting) != 1 or layers.count(fitting[0]) > 1:
-            there = ", ".join("/".join(path) for path in fitting) or "none"
+            there = ", ".join(_text(path) for path in fitting) or "none"
             raise ValueError(
-                f"route: which layer {'/'.join(norm)} scales is not known: of those with as many channels it may be {there}. Usual "
-                "cause: names unlike Conv_0 and GroupNorm_0; give pairs=((normalisation, layer), ...), or where='forward'."
+                f"route: which layer {norm} scales is not known: of those with as many channels it may be {there}. Usual cause: "
+                "names unlike Conv_0 and GroupNorm_0; give pairs=((normalisation, layer), ...), or where='forward'."
             )
 
 
 def _beside(params: Params, norm: Path, scale: jax.Array) -> list[Path]:
-    """The layers of as many channels beside a normalisation; where they are several, those of its number."""
+    """The layers of as many channels beside a normalisation: the one of its number, or those that have none."""
     fitting = [name for name, part in _at(params, norm[:-1]).items() if _fits(part, scale)]
-    numbered = [name for name in fitting if _number(name) == _number(norm[-1])]
-    return [(*norm[:-1], name) for name in (fitting if len(fitting) == 1 else numbered or fitting)]
+    number = _number(norm[-1])
+    same = [name for name in fitting if number and _number(name) == number]
+    return [(*norm[:-1], name) for name in same or (name for name in fitting if not (number and _number(name)))]
 
 
 def _fits(part: Any, scale: jax.Array) -> bool:
     return isinstance(part, Mapping) and getattr(part.get("kernel"), "shape", ())[-1:] == scale.shape
 
 
-def _number(name: str) -> str:
-    found = re.search(r"\d+$", name)
+def _text(path: Path) -> str:
+    return "/".join(map(str, path))
+
+
+def _number(name: Any) -> str:
+    found = re.search(r"\d+$", str(name))
     return found.group() if found else ""
 
 
@@ -311,9 +331,17 @@ def _norms(params: Any, path: Path = ()) -> Iterator[tuple[Path, jax.Array]]:
         yield from _norms(params[name], (*path, name))
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def _natural(name: Any) -> list[tuple[int, str]]:
     """Sorts `block2` before `block10`."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name) if part]
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(name)) if part]
+
+
+def _path(params: Params, text: str) -> Path:
+    """The path that is written so."""
+    path = ()
+    for name in text.split("/"):
+        path = (*path, next((key for key in _at(params, path) if str(key) == name), name))
+    return path
 
 
 def _at(tree: Any, path: Path) -> Any:

@@ -64,7 +64,8 @@ class Pruned(NamedTuple):
     Attributes:
       theta: the smaller one, for `jmeta.conv4(ways, filters=filters)`.
       filters: channels of each of its layers but the head.
-      masked: theta at its old size, with the scales and biases of the channels that were cut at 0: it gives the same outputs.
+      masked: theta at its old size, with the scales and biases of the channels that were cut at 0. It gives the same outputs, but
+        not where the normalisation takes its statistics over several channels (norm "group" or "layer").
       kept: `{layer: bool[C]}` of them.
     """
 
@@ -74,7 +75,7 @@ class Pruned(NamedTuple):
     kept: dict[str, np.ndarray]
 
 
-def prune(theta: Theta, fraction: float) -> Pruned:
+def prune(theta: Theta, fraction: float, *, layers: tuple[str, ...] | None = None) -> Pruned:
     """Cuts the channels of the smallest scales out of a network, such as conv4, of one layer after another.
 
     All channels compete with each other. Meta-parameters that mirror the parameters, as Meta-SGD's rates, are cut alike.
@@ -82,13 +83,14 @@ def prune(theta: Theta, fraction: float) -> Pruned:
     Args:
       theta: what was meta-learned.
       fraction: share of all channels that is cut; each layer keeps one at least.
+      layers: the network's in forward order, `model.layers`; in the order of their names if None (`block2` before `block10`).
 
     Returns:
       A `Pruned`.
 
     Raises:
       ValueError: fraction is outside [0, 1); the layers do not follow each other with a kernel and a normalisation each and a head
-        at last; theta carries the state of an inner optimiser.
+        at last, or are other ones; theta carries the state of an inner optimiser.
 
     >>> from jmeta.models.backbones import conv4
     >>> small = prune(Theta(conv4(5).init(jax.random.key(0))), 0.5)
@@ -101,25 +103,27 @@ def prune(theta: Theta, fraction: float) -> Pruned:
         raise ValueError(f"prune: fraction must be from 0 to below 1, got {fraction}.")
     if jax.tree.leaves(theta.memory):
         raise ValueError("prune: theta carries the state of an inner optimiser; prune one without (theta._replace(memory=())).")
-    layers = _in_sequence(theta.params)
-    total = sum(theta.params[name][norm]["scale"].size for name, norm in layers[:-1])
+    sequence = _in_sequence(theta.params, layers)
+    total = sum(theta.params[name][norm]["scale"].size for name, norm in sequence[:-1])
     chosen = channels(theta.params, 1 - math.floor(round(total * fraction, 9)) / total, per="global")
-    kept = {name: np.asarray(chosen[f"{name}/{norm}"]) for name, norm in layers[:-1]}
+    kept = {name: np.asarray(chosen[f"{name}/{norm}"]) for name, norm in sequence[:-1]}
     masked = {**theta.params}
-    for name, norm in layers[:-1]:
+    for name, norm in sequence[:-1]:
         masked[name] = {
             **masked[name],
             norm: jax.tree.map(lambda leaf, here=kept[name]: jnp.where(here, leaf, 0), masked[name][norm]),
         }
-    hyper = {name: _cut(own, layers, kept) if _alike(own, theta.params) else own for name, own in dict(theta.hyper).items()}
-    small = Theta(_cut(theta.params, layers, kept), hyper or ())
+    small = Theta(_cut(theta.params, sequence, kept), _cut_hyper(theta.hyper, theta.params, sequence, kept))
     return Pruned(small, tuple(int(own.sum()) for own in kept.values()), theta._replace(params=masked), kept)
 
 
-def _in_sequence(params: Params) -> list[tuple[str, str]]:
+def _in_sequence(params: Params, order: tuple[str, ...] | None) -> list[tuple[str, str]]:
     """Name and normalisation of each layer, in forward order; the last, the head, has none."""
+    if order is not None and sorted(order) != sorted(params):
+        raise ValueError(f"prune: layers must be those of the parameters, {', '.join(params)}; got {', '.join(order)}.")
     pairs = {norm: found[0] for norm, found in paired(params).items() if len(norm) == 2 and len(found) == 1}
     layers = [norm for norm, filters in pairs.items() if set(params[norm[0]]) == {norm[1], filters[1]}]
+    layers = sorted(layers, key=lambda each: order.index(each[0])) if order else layers
     heads = [name for name in params if name not in dict(layers)]
     kernels = [params[name][pairs[name, norm][1]]["kernel"] for name, norm in layers]
     kernels += [params[name]["kernel"] for name in heads if "kernel" in params[name]]
@@ -153,6 +157,11 @@ def _from(kernel: jax.Array, kept: np.ndarray) -> jax.Array:
     return by_channel.reshape(*kernel.shape[:-2], -1, kernel.shape[-1])
 
 
-def _alike(own: Any, params: Params) -> bool:
-    """Whether a rule's meta-parameters have the shapes of the parameters."""
-    return jax.tree.structure(own) == jax.tree.structure(params) and jax.tree.map(jnp.shape, own) == jax.tree.map(jnp.shape, params)
+def _cut_hyper(hyper: Any, params: Params, layers: list[tuple[str, str]], kept: dict[str, np.ndarray]) -> Any:
+    """A rule's meta-parameters, of which trees of the parameters' shapes, also with axes before them, are cut."""
+    if jax.tree.structure(hyper) == jax.tree.structure(params):
+        mirrors = jax.tree.map(
+            lambda own, p: jnp.ndim(own) >= p.ndim and own.shape[jnp.ndim(own) - p.ndim :] == p.shape, hyper, params
+        )
+        return _cut(hyper, layers, kept) if all(jax.tree.leaves(mirrors)) else hyper
+    return {name: _cut_hyper(own, params, layers, kept) for name, own in hyper.items()} if isinstance(hyper, dict) else hyper

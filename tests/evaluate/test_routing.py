@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import jmeta as jm
+from jmeta.evaluate.routing import Routing
 
 GROUPS, CLASSES, SIDE = 3, 6, 16
 
@@ -48,6 +49,25 @@ def test_choices_at_random_agree_by_chance(key):
     assert found.chance == pytest.approx(0.25)
 
 
+def test_intervals_hold_the_truth_where_groups_differ():
+    """Groups choose channels by tastes of their own; the truth is the mean over very many of them."""
+    rng = np.random.default_rng(0)
+
+    def found(groups):
+        tastes = rng.random((groups, 1, 1, 10)) ** 3
+        ranks = (tastes + 0.3 * rng.random((groups, 20, 3, 10))).argsort(-1)
+        return Routing(tuple(map(str, range(groups))), {"norm": (ranks.argsort(-1) >= 5)})
+
+    truth = {name: found(1500).figures()[name][0] for name in ("other groups", "same minus other groups")}
+    held = dict.fromkeys(truth, 0)
+    for _ in range(300):
+        figures = found(12).figures()
+        for name, value in truth.items():
+            held[name] += abs(figures[name][0] - value) <= figures[name][1]
+    for count in held.values():
+        assert 0.9 <= count / 300 <= 0.99
+
+
 def test_a_real_learner_and_its_picture(key, tmp_path):
     net = jm.conv4(3, filters=4, shape=(SIDE, SIDE, 1))
     learner = jm.maml(net, jm.xent, jm.chain(jm.route(0.5), optax.sgd(0.1)), jm.repeat(2), order=1)
@@ -63,9 +83,11 @@ def test_a_real_learner_and_its_picture(key, tmp_path):
         (
             _images(),
             {"ways": 4, "shots": 1},
-            "two groups of at least 2 \\* ways = 8 classes, got g0 6, g1 6, g2 6.*keeps alphabets whole",
+            "three groups of at least 2 \\* ways = 8 classes, got g0 6, g1 6, g2 6.*keeps alphabets whole",
         ),
         (_images([str(n) for n in range(18)]), {"ways": 2, "shots": 1}, "got none.*names unlike 'group/class'"),
+        (_images(), {"ways": 0, "shots": 1}, "ways must be at least 1, got 0"),
+        (_images(), {"ways": 0, "shots": 1}, "ways must be at least 1, got 0"),
         (_images(), {"ways": 3, "shots": 3}, "must have 2 \\* shots = 6 images, got one of 4"),
     ],
 )

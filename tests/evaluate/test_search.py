@@ -49,6 +49,8 @@ def test_best_is_the_cheapest_within_the_tolerance_and_the_front_is_the_front(th
     found = _search(theta, by="operations")
     within = [each for each in found.table if each.difference >= -0.02]
     assert found.best.operations == min(each.operations for each in within) and found.best in within
+    surely = [each for each in found.table if each.difference - each.difference_interval >= -found.tolerance]
+    assert found.sure.operations == min(each.operations for each in surely) and found.sure in surely
     assert found.most_accurate.accuracy == max(each.accuracy for each in found.table)
     for each in found.table:
         beaten = any(o.operations <= each.operations and o.accuracy > each.accuracy for o in found.table)

@@ -2,6 +2,7 @@
 
 import chex
 import flax.linen as nn
+import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -131,7 +132,7 @@ def test_unchosen_filters_stay_and_all_else_learns(key, refresh, unroll):
 
 
 @pytest.mark.parametrize("refresh", ["step", "task"])
-def test_unchosen_channels_are_silent_and_so_not_trained(key, refresh):
+def test_unchosen_channels_are_silent(key, refresh):
     net = toys.normed(norm="batch")
     theta, task = _theta(key, net), _task(key)
     rule = jm.chain(jm.route(KEEP, where="forward", refresh=refresh))
@@ -153,8 +154,8 @@ def test_unchosen_channels_are_silent_and_so_not_trained(key, refresh):
 
 
 @pytest.mark.parametrize(("where", "refresh"), MODES)
-def test_the_choice_has_no_gradient(key, where, refresh):
-    """The meta-gradient is that of the same network with the choice written down."""
+def test_the_meta_gradient_is_that_of_finite_differences(key, where, refresh):
+    """Within which the choice does not change: it has no gradient of its own."""
     with jax.enable_x64(True):
         theta = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), _theta(key))
         task = jax.tree.map(lambda leaf: leaf.astype(jnp.float64) if leaf.dtype == jnp.float32 else leaf, _task(key))
@@ -199,11 +200,39 @@ def test_it_composes_with_patterns_zaps_and_learned_rates(key):
     chosen = jm.channels(theta.params, KEEP)["layer2/norm"]
     moved = (phi.params["layer2"]["dense"]["kernel"] != theta.params["layer2"]["dense"]["kernel"]).any(0)
     np.testing.assert_array_equal(moved, chosen)
-    for rule in (jm.chain(jm.zap("head"), routed, optax.sgd(0.1)), jm.chain(routed, jm.learned_rates(0.1))):
-        learner = jm.maml(NET, jm.xent, rule, jm.repeat(2))
-        gradient = _grad(key, learner, learner.init(key))[0]
-        chex.assert_tree_all_finite(gradient)
-        assert float(optax.tree.norm(gradient)) > 0
+    rates = jm.maml(NET, jm.xent, jm.chain(routed, jm.learned_rates(0.1)), jm.repeat(3))
+    same = rates.adapt(key, rates.init(key)._replace(params=theta.params), task.support).params
+    chex.assert_trees_all_close(same, _learner(routed).adapt(key, theta, task.support).params, atol=1e-6)
+    zapped = jm.maml(NET, jm.xent, jm.chain(jm.zap("head"), routed, optax.sgd(0.1)), jm.repeat(3))
+    after = zapped.adapt(key, theta, task.support).params
+    np.testing.assert_array_equal((after["layer2"]["dense"]["kernel"] != theta.params["layer2"]["dense"]["kernel"]).any(0), chosen)
+    assert not np.allclose(after["head"]["kernel"], same["head"]["kernel"], atol=0.05)
+
+
+@pytest.mark.parametrize("optimiser", [optax.sgd(0.1, momentum=0.9), optax.adamw(0.01, eps_root=1e-8)], ids=["momentum", "adamw"])
+def test_behind_an_optimiser_with_a_memory_or_decay_unchosen_filters_stand_still(key, optimiser):
+    theta, task = _theta(key), _task(key)
+    chosen = jm.channels(theta.params, KEEP)["layer1/norm"]
+    for rule, still in ((jm.route(KEEP, refresh="task"), True), (jm.route(1.0), False)):
+        phi = jm.maml(NET, jm.xent, jm.chain(optimiser, rule), jm.repeat(3)).adapt(key, theta, task.support).params
+        moved = (phi["layer1"]["dense"]["kernel"] != theta.params["layer1"]["dense"]["kernel"]).any(0)
+        assert moved[~chosen].any() != still and moved[chosen].any()
+
+
+def test_a_theta_of_another_rule_is_checked_too(key):
+    learner = _learner(jm.route(0.5), toys.net())
+    theta = jm.Theta(toys.net().init(key))
+    with pytest.raises(ValueError, match="no normalisation with a scale"):
+        jm.fewshot(key, learner, theta, toys.blobs(), 5)
+
+
+def test_a_choice_kept_as_zeros_must_not_go_on_to_the_next_task():
+    own = jm.chain(jm.route(0.5, where="forward", refresh="task"), optax.sgd(0.1))
+    for make in (jm.asb, jm.oml):
+        with pytest.raises(ValueError, match=r"silences parts of the network for one task.*refresh='step'"):
+            make(NET, jm.xent, own, jm.one_by_one(2))
+    with pytest.raises(ValueError, match=r"carry_state.*refresh='step'"):
+        jm.maml(NET, jm.xent, own, jm.repeat(2), carry_state=True)
 
 
 def test_a_choice_for_the_task_is_made_anew_where_the_state_goes_on(key):
@@ -213,6 +242,19 @@ def test_a_choice_for_the_task_is_made_anew_where_the_state_goes_on(key):
     other = theta._replace(params=_theta(jax.random.key(5)).params)
     fresh, carried = (learner.adapt(key, other._replace(memory=memory), task.support).params for memory in (theta.memory, state))
     chex.assert_trees_all_equal(fresh, carried)
+
+
+def test_so_it_is_for_layers_that_begin_later_and_beside_resets_that_clear(key):
+    late = jm.lambda_mask([[0, 1, 1], [1, 1, 1]], jm.chain(jm.route(KEEP, refresh="task"), optax.sgd(0.1)), labels=NET.layers)
+    clearing = jm.chain(jm.zap("head", slots="zero"), jm.route(KEEP, refresh="task"), optax.sgd(0.1, momentum=0.0))
+    for rule in (late, clearing):
+        learner = jm.maml(NET, jm.xent, rule, jm.repeat(3), carry_state=True)
+        theta, task = learner.init(key)._replace(params=_theta(key).params), _task(key)
+        state = learner.adapt(key, theta, task.support).memory
+        other = theta._replace(params=_theta(jax.random.key(5)).params)
+        phi = learner.adapt(key, other._replace(memory=state), task.support).params
+        moved = (phi["layer1"]["dense"]["kernel"] != other.params["layer1"]["dense"]["kernel"]).any(0)
+        assert moved.any() and not moved[~jm.channels(other.params, KEEP)["layer1/norm"]].any()
 
 
 class _Flat(nn.Module):
@@ -251,6 +293,25 @@ def test_pairs_that_are_given(key):
     phi = _learner(rule, net, steps=1).adapt(key, jm.Theta(params), _task(key).support).params
     assert (phi["one"]["kernel"] != params["one"]["kernel"]).any(0).sum() == 4
     assert (phi["two"]["kernel"] != params["two"]["kernel"]).any(0).all()
+
+
+def test_lists_of_an_nnx_module(key):
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.body = nnx.List([nnx.Linear(6, 8, rngs=rngs), nnx.LayerNorm(8, rngs=rngs)])
+            self.head = nnx.Linear(8, 3, rngs=rngs)
+
+        def __call__(self, x):
+            return self.head(nnx.relu(self.body[1](self.body[0](x))))
+
+    net = jm.from_nnx(Net, jnp.zeros((1, 6)))
+    params = net.init(key)
+    assert list(jm.channels(params, 0.5)) == ["body/1"]
+    with pytest.raises(ValueError, match="which layer body/1 scales is not known"):
+        jm.route(0.5).init(params)
+    rule = jm.route(0.5, refresh="task", pairs=(("body/1", "body/0"),))
+    phi = _learner(rule, net, steps=1).adapt(key, jm.Theta(params), _task(key).support).params
+    assert (phi["body"][0]["kernel"] != params["body"][0]["kernel"]).any(0).sum() == 4
 
 
 def test_every_network_of_jmeta_tells_its_pairs(key):

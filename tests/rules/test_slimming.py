@@ -43,13 +43,18 @@ def test_scales_alone_are_drawn_towards_zero(key):
 def test_a_pruned_network_gives_what_the_masked_one_gives(key, name):
     make = NETS[name]
     net, x = make(8), jax.random.normal(key, (5, 32, 32, 3) if "pooled" in name else (5, 28, 28, 1))
-    theta = jm.Theta(_moved(key, net.init(key)), {"learned_rates": net.init(key)})
+    rates = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), net.init(key))  # of two steps
+    theta = jm.Theta(_moved(key, net.init(key)), {"learned_rates": net.init(key), "only": {"learned_rates": rates}})
     small = jm.prune(theta, 0.5)
     assert sum(small.filters) == 16 and min(small.filters) >= 1
     expected = net.apply(small.masked.params, x)
     np.testing.assert_allclose(make(small.filters).apply(small.theta.params, x), expected, rtol=1e-4, atol=1e-5)
     assert np.abs(expected - net.apply(theta.params, x)).max() > 1e-3
     chex.assert_trees_all_equal_shapes(small.theta.hyper["learned_rates"], small.theta.params)
+    first = jax.tree.map(lambda leaf: leaf[0], small.theta.hyper["only"]["learned_rates"])
+    chex.assert_trees_all_equal(first, small.theta.hyper["learned_rates"])
+    first = jax.tree.map(lambda leaf: leaf[0], small.theta.hyper["only"]["learned_rates"])
+    chex.assert_trees_all_equal(first, small.theta.hyper["learned_rates"])
     scales = np.concatenate([np.abs(theta.params[layer]["norm"]["scale"]) for layer in small.kept])
     kept = np.concatenate(list(small.kept.values()))
     assert scales[kept].min() >= scales[~kept].max()
@@ -59,6 +64,16 @@ def test_nothing_pruned_is_the_same(key):
     theta = jm.Theta(jm.conv4(3, filters=8).init(key))
     chex.assert_trees_all_equal(jm.prune(theta, 0.0).theta, theta)
     assert jm.prune(theta, 0.999).filters == (1, 1, 1, 1)
+
+
+def test_layers_follow_each_other_as_they_are_given(key):
+    net = jm.mlp(3, hidden=(8, 8, 8), shape=(6,), norm="batch")
+    params, x = _moved(key, net.init(key)), jax.random.normal(key, (5, 6))
+    other = {"layer1": "one", "layer2": "two", "layer3": "three", "head": "z"}
+    small = jm.prune(jm.Theta({other[name]: part for name, part in params.items()}), 0.5, layers=tuple(other.values()))
+    back, masked = ({name: tree.params[other[name]] for name in other} for tree in (small.theta, small.masked))
+    found = jm.mlp(3, hidden=small.filters, shape=(6,), norm="batch").apply(back, x)
+    np.testing.assert_allclose(found, net.apply(masked, x), rtol=1e-4, atol=1e-5)
 
 
 def _theta(net):
@@ -72,6 +87,8 @@ def _theta(net):
         (lambda: jm.prune(_theta(jm.resnet12(3, widths=(8,), shape=(16, 16, 3))), 0.5), "got block1, head.*residual network"),
         (lambda: jm.prune(_theta(toys.net()), 0.5), "got layer1, layer2, head.*without normalisation"),
         (lambda: jm.prune(_theta(jm.conv4(3, filters=8))._replace(memory={"state": jnp.ones(1)}), 0.5), "carries the state"),
+        (lambda: jm.prune(_theta(jm.conv4(3, filters=8)), 0.5, layers=("a", "head")), "layers must be those of the parameters"),
+        (lambda: jm.prune(_theta(jm.conv4(3, filters=8)), 0.5, layers=("a", "head")), "layers must be those of the parameters"),
         (lambda: jm.slimming(-1.0), "strength must be a finite number of at least 0"),
         (lambda: jm.slimming(1.0).update({}, optax.EmptyState()), "update needs params"),
         (lambda: jm.conv4(3, filters=(8, 8)), "one for each of the four blocks"),
