@@ -180,13 +180,17 @@ def lambda_patterns() -> str:
     for (name, steps), results in groups.items():
         first = f"| {name}, {steps:,} meta-steps"
         found = "; ".join(dict.fromkeys(f"`{result['best']}`" for result in results))
+        surely = [result.get("sure", result["best"]) for result in results]
         kinds = {
             "full": [["full*5"]] * len(results),
             f"searched: {found}": [[result["best"]] for result in results],
+            f"searched, by the worse end of the interval: `{'`; `'.join(dict.fromkeys(surely))}`": [[text] for text in surely],
             "the head alone (ANIL)": [["head*5"]] * len(results),
             "random, of that cost": [result["randoms"] for result in results],
         }
         for kind, texts in kinds.items():
+            if kind.startswith("searched, ") and texts == kinds[f"searched: {found}"]:
+                continue
             cells = [_patterns(results, place, texts) for place in ("test", "shift")]
             lines.append(f"{first} | {kind} | {len(results)} | {cells[0]} | {cells[1].rpartition('|')[2].strip() or '-'} |")
     return "\n".join(lines)

@@ -11,8 +11,10 @@ os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 import jax
 import pytest
 
+flags = ["--xla_cpu_parallel_codegen_split_count=1"]  # small programs compile faster in one piece
 if jax.__version_info__ < (0, 12):  # unknown later
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
+    flags.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
 jax.config.update("jax_num_cpu_devices", 2)  # for the tests of meshes; all else runs on the first
 
 

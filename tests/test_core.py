@@ -110,8 +110,11 @@ def _cast(tree, dtype):
 SPLITS = {"twos": lambda step: step // 2, "uneven": lambda step: step == 1, "each": lambda step: step}
 
 
-@pytest.mark.parametrize("data", [jm.repeat(4), jm.minibatches(4, 4)], ids=["all", "minibatches"])
-@pytest.mark.parametrize("rule", [RULES["adam"](), EVERYTHING], ids=["adam", "everything"])
+@pytest.mark.parametrize(
+    ("rule", "data"),
+    [(RULES["adam"](), jm.repeat(4)), (EVERYTHING, jm.minibatches(4, 4))],
+    ids=["adam", "everything with minibatches"],
+)
 def test_scan_equals_unroll_and_any_split_into_phases(key, rule, data):
     with jax.enable_x64(True):
         unrolled = _gradients(key, rule, data=data, unroll=True, dtype=jnp.float64)
@@ -150,15 +153,23 @@ def test_memory_grows_with_parameters_alone_where_steps_are_computed_anew(key, o
         return analysis.temp_size_in_bytes
 
     parameters = sum(4 * leaf.size for leaf in jax.tree.leaves(model.init(key)))
-    assert memory(40) - memory(4) < 2 * 36 * parameters
-    assert memory(40) < 2 * memory(4)
-    assert memory(40, remat=False) > 5 * memory(4, remat=False)
+    few, many = memory(4), memory(40)
+    assert many - few < 2 * 36 * parameters
+    assert many < 2 * few
+    assert memory(40, remat=False) > 5 * many
 
 
 def test_chain_is_associative_and_neutral(key):
     parts = [toys.noisy(), jm.learned_rates(0.1), toys.shrinking(), toys.noisy(), optax.clip(0.5)]
-    flat = jm.chain(*parts)
-    names, expected = [part.name for part in flat.parts or ()], _gradients(key, flat)
+    flat, task = jm.chain(*parts), toys.blobs().sample(key, ())
+
+    def program(rule):
+        learner = jm.maml(toys.net(), jm.xent, rule, jm.repeat(2))
+        theta = jax.eval_shape(learner.init, key)
+        assert list(theta.hyper) == ["learned_rates", "shrinking"]
+        return str(jax.make_jaxpr(lambda theta: learner.grad(key, theta, task, meta_step=0)[1])(theta))
+
+    names, expected = [part.name for part in flat.parts or ()], program(flat)
     for nested in (
         jm.chain(jm.chain(*parts[:2]), jm.chain(*parts[2:])),
         jm.chain(parts[0], jm.chain(parts[1], jm.chain(*parts[2:]))),
@@ -166,9 +177,9 @@ def test_chain_is_associative_and_neutral(key):
         jm.chain(flat),
     ):
         assert [part.name for part in nested.parts or ()] == names
-        chex.assert_trees_all_equal(_gradients(key, nested), expected)
+        assert program(nested) == expected
+    assert program(jm.chain(parts[1], parts[0], *parts[2:])) != expected
     assert jm.chain().parts == ()
-    assert list(expected.hyper) == ["learned_rates", "shrinking"]
 
 
 def test_repeated_names_have_randomness_of_their_own(key):

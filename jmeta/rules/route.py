@@ -101,7 +101,8 @@ def route(
         return gradient._replace(params=_by_filter(gradient.params, phi.params, meta(phi.params), pairs))
 
     own: dict[str, Any] = {"update": _update(inner, refresh)} if where == "update" else _forward(inner, refresh)
-    return Rule("route", init, reset, **own, **({} if keep_meta == 1 else {"meta": masked}))
+    rule = Rule("route", init, reset, **own)
+    return rule if keep_meta == 1 else rule._replace(meta=masked)
 
 
 def channels(
@@ -222,7 +223,7 @@ def _update(choose: _Choice, refresh: str) -> optax.GradientTransformationExtraA
 
     def start(params):
         size = sum(len(scale) for scale in choose.scales(params).values())
-        return (jnp.array(np.iinfo(np.int32).max), jnp.zeros(size, bool)) if refresh == "task" else ()
+        return (jnp.array(np.iinfo(np.int32).max, jnp.int32), jnp.zeros(size, bool)) if refresh == "task" else ()
 
     def update(updates, state, params=None, *, step=0, key=None, **_):
         chosen = choose(params, key)

@@ -47,13 +47,8 @@ def _equal(one, other):
     return all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
 
 
-@pytest.mark.parametrize(
-    "net", [jm.mlp(3, hidden=(256, 256), shape=(6,)), jm.conv4(3, filters=16, shape=(16, 16, 1))], ids=["mlp", "conv4"]
-)
-def test_anil_costs_less_than_maml(key, optimised, net):
-    task = toys.blobs().sample(key, ())
-    if len(net.layers) == 5:
-        task = task._replace(support=task.support._replace(x=jax.random.normal(key, (6, 16, 16, 1))))
+def test_anil_costs_less_than_maml(key, optimised):
+    net, task = jm.mlp(3, hidden=(256, 256), shape=(6,)), toys.blobs().sample(key, ())
 
     def flops(learner):
         adapt = jax.jit(lambda theta: learner.adapt(key, theta, task.support))

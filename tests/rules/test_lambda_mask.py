@@ -44,11 +44,11 @@ def _all(key, learner, theta=None):
     return run(theta)
 
 
-@pytest.mark.parametrize("order", [1, 2])
-@pytest.mark.parametrize("optimiser", OPTIMISERS.values(), ids=list(OPTIMISERS))
+@pytest.mark.parametrize("optimiser, order", [*((name, 2) for name in OPTIMISERS), ("sgd", 1), ("adam", 1)])
 def test_all_ones_is_plain_bit_for_bit(key, optimiser, order):
+    optimiser = OPTIMISERS[optimiser]
     masked = jm.lambda_mask(jm.pattern(NET, "full"), optimiser)
-    chex.assert_trees_all_equal(_all(key, _learner(masked, order=order)), _all(key, _learner(optimiser, order=order)))
+    chex.assert_trees_all_equal(*(_all(key, _learner(rule, steps=2, order=order)) for rule in (masked, optimiser)))
 
 
 def test_head_is_anil(key):
@@ -109,11 +109,10 @@ def test_columns_of_plain_zeros_beside_traced_numbers_cost_nothing(key):
 
 
 def test_real_numbers_scale_the_update(key):
-    half = _learner(jm.lambda_mask([[0.5, 0.5, 0.5]], optax.sgd(0.1)))
-    chex.assert_trees_all_equal(_all(key, half), _all(key, _learner(optax.sgd(0.05))))
     adam = optax.adam(0.01, eps_root=1e-8)
-    halved = jm.chain(adam, optax.scale(0.5))
-    chex.assert_trees_all_equal(_all(key, _learner(jm.lambda_mask([[0.5] * 3], adam))), _all(key, _learner(halved)))
+    for optimiser, halved in ((optax.sgd(0.1), optax.sgd(0.05)), (adam, jm.chain(adam, optax.scale(0.5)))):
+        half = jm.lambda_mask([[0.5, 0.5, 0.5]], optimiser)
+        chex.assert_trees_all_equal(*(_all(key, _learner(rule, steps=2)) for rule in (half, halved)))
 
 
 def test_the_optimisers_memory_of_a_frozen_layer_stands_still():
@@ -146,9 +145,11 @@ def test_frozen_layers_keep_their_outer_gradient(key, order, unroll):
     with jax.enable_x64(True):
         learner = _learner(jm.lambda_mask(jm.pattern(NET, "head"), optax.sgd(0.1)), order=order, unroll=unroll)
         theta, task = map(_wide, (learner.init(key), toys.blobs().sample(key, ())))
-        gradient = learner.grad(key, theta, task, meta_step=0)[1].params["layer1"]["dense"]["kernel"]
-        phi = learner.adapt(key, theta, task.support)
+        gradients = jax.jit(lambda theta: learner.grad(key, theta, task, meta_step=0)[1])(theta)
+        gradient = gradients.params["layer1"]["dense"]["kernel"]
+        phi = jax.jit(learner.adapt)(key, theta, task.support)
 
+        @jax.jit
         def loss(kernel):
             moved = {**theta.params, "layer1": {"dense": {**theta.params["layer1"]["dense"], "kernel": kernel}}}
             if order == 1:

@@ -154,12 +154,12 @@ def test_unchosen_channels_are_silent(key, refresh):
 
 
 @pytest.mark.parametrize(("where", "refresh"), MODES)
-def test_the_meta_gradient_is_that_of_finite_differences(key, where, refresh):
+def test_the_meta_gradient_is_that_of_finite_differences_unrolled_or_scanned(key, where, refresh):
     """Within which the choice does not change: it has no gradient of its own."""
     with jax.enable_x64(True):
         theta = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), _theta(key))
         task = jax.tree.map(lambda leaf: leaf.astype(jnp.float64) if leaf.dtype == jnp.float32 else leaf, _task(key))
-        learner = _learner(jm.route(KEEP, where=where, refresh=refresh), steps=2)
+        learner = _learner(jm.route(KEEP, where=where, refresh=refresh), steps=2, unroll=refresh == "step")
         gradient = jax.jit(lambda theta: learner.grad(key, theta, task, meta_step=0)[1])(theta).params
         direction = optax.tree.random_like(jax.random.key(2), theta.params, dtype=jnp.float64)
 

@@ -1,5 +1,7 @@
 """Slimming: the pull on the scales, and a pruned network that gives what the masked one gives."""
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -28,14 +30,14 @@ def test_scales_alone_are_drawn_towards_zero(key):
     theta = theta._replace(params=_moved(key, theta.params))
     outer = optax.chain(jm.slimming(0.01), optax.sgd(1.0))
     zeros = jax.tree.map(jnp.zeros_like, theta)
-    updates, _ = outer.update(zeros, outer.init(theta), theta)
+    updates: Any = outer.update(zeros, outer.init(theta), theta)[0]
     for name in ("layer1", "layer2"):
         scale = theta.params[name]["norm"]["scale"]
         np.testing.assert_allclose(updates.params[name]["norm"]["scale"], -0.01 * np.sign(scale))
         updates.params[name]["norm"]["scale"] = jnp.zeros(8)
     chex.assert_trees_all_equal(jax.tree.map(abs, updates), zeros)
     expected = jax.grad(lambda scale: 0.01 * jnp.abs(scale).sum())(theta.params["layer1"]["norm"]["scale"])
-    found = jm.slimming(0.01).update(zeros.params, optax.EmptyState(), theta.params)[0]
+    found: Any = jm.slimming(0.01).update(zeros.params, optax.EmptyState(), theta.params)[0]
     np.testing.assert_allclose(found["layer1"]["norm"]["scale"], expected)
 
 
