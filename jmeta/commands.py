@@ -490,7 +490,7 @@ def plot(run: Annotated[str, tyro.conf.Positional], *, routing: bool = False) ->
       routing: draw instead which channels the test tasks of each alphabet choose, and how far they agree; for a run of nrml.
 
     Returns:
-      The PNG files in the run's folder; they are drawn anew.
+      The files in the run's folder, PNG but for `routing.json`; they are written anew.
     """
     from jmeta import plot as draw
 
@@ -510,8 +510,8 @@ def plot(run: Annotated[str, tyro.conf.Positional], *, routing: bool = False) ->
 
 
 def _plot_routing(config: Config, learner: MetaLearner, theta: Theta, folder: Path) -> list[Path]:
-    splits = presets.make_splits(config)
-    if config.method != "nrml" or splits is None:
+    splits = presets.make_splits(config) if config.method == "nrml" else None
+    if splits is None:
         raise ValueError(f"plot: {folder} is of method {config.method}, which chooses no channels; --routing is for nrml.")
     key, ways = jax.random.fold_in(jax.random.key(config.seed), ROUTING_KEY), min(config.ways, ROUTED_WAYS)
     found = routes.routing(key, learner, theta, splits.test, config.keep, ways=ways, shots=config.shots)

@@ -176,5 +176,5 @@ def _three(rng: np.random.Generator, images: Images, own: np.ndarray, ways: int,
     """Rows of the images of three tasks, `[3, ways, shots]`."""
     some, others = rng.permutation(own)[: 2 * ways].reshape(2, ways)
     drawn = np.stack([images.start[each] + rng.permutation(images.count[each])[: 2 * shots] for each in some])
-    else_ = np.stack([images.start[each] + rng.permutation(images.count[each])[:shots] for each in others])
-    return np.stack([drawn[:, :shots], drawn[:, shots:], else_])
+    elsewhere = np.stack([images.start[each] + rng.permutation(images.count[each])[:shots] for each in others])
+    return np.stack([drawn[:, :shots], drawn[:, shots:], elsewhere])

@@ -44,9 +44,9 @@ def _all(key, learner, theta=None):
     return run(theta)
 
 
-@pytest.mark.parametrize("optimiser, order", [*((name, 2) for name in OPTIMISERS), ("sgd", 1), ("adam", 1)])
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("optimiser", OPTIMISERS.values(), ids=list(OPTIMISERS))
 def test_all_ones_is_plain_bit_for_bit(key, optimiser, order):
-    optimiser = OPTIMISERS[optimiser]
     masked = jm.lambda_mask(jm.pattern(NET, "full"), optimiser)
     chex.assert_trees_all_equal(*(_all(key, _learner(rule, steps=2, order=order)) for rule in (masked, optimiser)))
 
