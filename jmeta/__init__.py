@@ -32,6 +32,7 @@ from jmeta.learners.maml import anil as anil
 from jmeta.learners.maml import boil as boil
 from jmeta.learners.maml import maml as maml
 from jmeta.learners.maml import meta_sgd as meta_sgd
+from jmeta.learners.reptile import reptile as reptile
 from jmeta.learners.supervised import supervised as supervised
 from jmeta.losses import accuracy as accuracy
 from jmeta.losses import mse as mse

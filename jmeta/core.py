@@ -12,11 +12,12 @@ References:
 import functools
 import itertools
 import zlib
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jmeta import invariant
@@ -25,6 +26,7 @@ from jmeta.losses import measure
 Array = jax.Array
 Params = Any  # a tree of arrays, {"block1": {"conv": {"kernel", "bias"}, ...}, "head": {...}}
 LONGEST_UNROLL = 10
+LONGEST_PERIOD = 4  # of phases that take turns, as alphas and weights do
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -350,8 +352,8 @@ def inner_loop(
       rule: how the task is learned.
       data: what is seen at each step.
       order: 2 differentiates through the inner gradients, 1 takes them as constants.
-      unroll: True writes every step into the program, False scans each run of steps of equal phase, None scans runs of more
-        than 10 steps. The numbers are the same.
+      unroll: True writes every step into the program, False scans each run of steps of equal phase, or of up to 4 phases that take
+        turns, None scans runs of more than 10 steps. The numbers are the same.
       remat: whether second-order gradients compute each step anew on their way back (`jax.checkpoint`), so that memory holds
         the parameters after every step and what one step needs, for about a third more work. None does so in scanned runs.
       carry_state: the inner optimiser's state goes on from task to task, in `Theta.memory`.
@@ -486,25 +488,45 @@ def _filled(tree: Any, which: list[bool], values: Any) -> Any:
 def _walk(
     advance: Callable, look: Callable, carry: Any, phase: Callable, steps: int, unroll: bool | None, remat: bool | None
 ) -> tuple[Any, Any]:
-    """Takes all steps, run by run of equal phase, unrolled or scanned; stacks what `look` sees before and after each."""
+    """Takes all steps, run by run of repeating phases, unrolled or scanned; stacks what `look` sees before and after each."""
+    phases = [phase(step) for step in range(steps)]
     seen = [jax.tree.map(lambda leaf: leaf[None], look(carry, 0))]
-    for value, run in itertools.groupby(range(steps), key=phase):
-        numbers = list(run)
+    for numbers in _repeats(phases):
 
-        def body(carry, step, value=value):
-            carry = advance(carry, step, value)
-            return carry, look(carry, step + 1)
+        def body(carry, own, numbers=numbers):
+            views = []
+            for step, like in zip(own, numbers[0], strict=True):
+                carry = advance(carry, step, phases[like])
+                views.append(look(carry, step + 1))
+            return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *views)
 
-        if unroll or (unroll is None and len(numbers) <= LONGEST_UNROLL):
-            for step in numbers:
-                once = functools.partial(body, step=step)  # whose step stays a number
-                carry, view = (jax.checkpoint(once) if remat else once)(carry)
-                seen.append(jax.tree.map(lambda leaf: leaf[None], view))
+        if unroll or (unroll is None and numbers.size <= LONGEST_UNROLL):
+            for own in numbers.tolist():
+                once = functools.partial(body, own=own)  # whose steps stay numbers
+                carry, views = (jax.checkpoint(once) if remat else once)(carry)
+                seen.append(views)
         else:
             anew = functools.partial(jax.checkpoint, prevent_cse=False)  # a scan has no CSE to prevent
             carry, views = invariant.scan(body, carry, jnp.array(numbers), *([] if remat is False else [anew]))
-            seen.append(views)
+            seen.append(jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), views))
     return carry, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *seen)
+
+
+def _repeats(phases: list[Hashable]) -> Iterator[np.ndarray]:
+    """Splits the steps into runs `[repeats, period]`, in each of which the phases of a row are those of the others.
+
+    >>> [run.tolist() for run in _repeats(["a", "b", "a", "b", "b", "b"])]
+    [[[0, 1], [2, 3]], [[4], [5]]]
+    """
+    start = 0
+    while start < len(phases):
+        runs = []
+        for period in range(1, LONGEST_PERIOD + 1):
+            blocks = (phases[each : each + period] for each in itertools.count(start, period))
+            runs.append((period, sum(1 for _ in itertools.takewhile(lambda block: block == phases[start : start + period], blocks))))
+        period, repeats = max(runs, key=lambda run: run[0] * run[1] if run[1] > 1 or run[0] == 1 else 0)
+        yield np.arange(start, start + period * repeats).reshape(repeats, period)
+        start += period * repeats
 
 
 def default_chunk(params: Params, batch: int) -> int:

@@ -1,5 +1,7 @@
 """The algebra of rules and the inner loop."""
 
+import warnings
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -34,6 +36,8 @@ LEARNERS = {
     "one by one": lambda rule: jm.maml(toys.net(), jm.xent, rule, jm.one_by_one(2)),
     "multi-step": lambda rule: jm.maml(toys.net(), jm.xent, rule, jm.repeat(2), step_weights=(0.3, 0.7)),
     "carried state": lambda rule: jm.maml(toys.net(), jm.xent, rule, jm.repeat(2), carry_state=True),
+    "reptile": lambda rule: jm.reptile(toys.net(), jm.xent, rule, jm.repeat(2)),
+    "reptile with carried state": lambda rule: jm.reptile(toys.net(), jm.xent, rule, jm.minibatches(2, 4), carry_state=True),
 }
 
 
@@ -74,7 +78,9 @@ def test_properties_of_every_rule_and_every_learner(key, learner):
     def grad(key, theta, task):
         return learner.grad(key, theta, task, meta_step=0)
 
-    theta, keys = jax.jit(learner.init)(key), jax.random.split(key, 2)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "reptile: the meta-parameters")
+        theta, keys = jax.jit(learner.init)(key), jax.random.split(key, 2)
     tasks = jax.jit(jax.vmap(toys.blobs().sample, (0, None)))(keys, ())
     one = jax.tree.map(lambda leaf: leaf[1], tasks)
     base, gradient, info = grad(keys[1], theta, one)
@@ -107,7 +113,7 @@ def _cast(tree, dtype):
     return jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, tree)
 
 
-SPLITS = {"twos": lambda step: step // 2, "uneven": lambda step: step == 1, "each": lambda step: step}
+SPLITS = {"twos": lambda step: step // 2, "turns": lambda step: step % 2, "uneven": lambda step: step == 1, "each": lambda step: step}
 
 
 @pytest.mark.parametrize(
