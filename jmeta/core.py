@@ -10,7 +10,6 @@ References:
 """
 
 import functools
-import itertools
 import zlib
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, NamedTuple, ParamSpec, TypeVar
@@ -520,13 +519,18 @@ def _repeats(phases: list[Hashable]) -> Iterator[np.ndarray]:
     """
     start = 0
     while start < len(phases):
-        runs = []
-        for period in range(1, LONGEST_PERIOD + 1):
-            blocks = (phases[each : each + period] for each in itertools.count(start, period))
-            runs.append((period, sum(1 for _ in itertools.takewhile(lambda block: block == phases[start : start + period], blocks))))
+        runs = [(period, _count(phases[start:], period)) for period in range(1, LONGEST_PERIOD + 1)]
         period, repeats = max(runs, key=lambda run: run[0] * run[1] if run[1] > 1 or run[0] == 1 else 0)
         yield np.arange(start, start + period * repeats).reshape(repeats, period)
         start += period * repeats
+
+
+def _count(phases: list[Hashable], period: int) -> int:
+    """How many times the first `period` phases come in a row."""
+    times = 0
+    while phases[times * period : (times + 1) * period] == phases[:period]:
+        times += 1
+    return times
 
 
 def default_chunk(params: Params, batch: int) -> int:

@@ -113,7 +113,12 @@ def _cast(tree, dtype):
     return jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, tree)
 
 
-SPLITS = {"twos": lambda step: step // 2, "turns": lambda step: step % 2, "uneven": lambda step: step == 1, "each": lambda step: step}
+SPLITS = {
+    "twos": lambda step: step // 2,
+    "turns": lambda step: step % 2,
+    "uneven": lambda step: step == 1,
+    "each": lambda step: step,
+}
 
 
 @pytest.mark.parametrize(
