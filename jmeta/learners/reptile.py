@@ -7,8 +7,8 @@ References:
   Nichol, Achiam, Schulman, On First-Order Meta-Learning Algorithms, 2018 (https://arxiv.org/abs/1803.02999), algorithm 2 and
   section 6: an inner Adam without momentum whose state goes on from task to task; with and without transduction.
 
-Differs from the paper in: the state that goes on is the mean over the tasks of a meta-batch, which run in parallel; the paper's code
-hands it from one task to the next.
+Differs from the paper in: the state that goes on is the mean over the tasks of a meta-batch, which run in parallel; the
+paper's code hands it from one task to the next.
 """
 
 import warnings
