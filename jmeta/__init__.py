@@ -1,5 +1,11 @@
 """jmeta: functional meta-learning on JAX. A rule says how one task is learned, a learner what is carried between tasks."""
 
+from jmeta.architecture import PUBLISHED as PUBLISHED
+from jmeta.architecture import Genotype as Genotype
+from jmeta.architecture import Space as Space
+from jmeta.architecture import genotype as genotype
+from jmeta.architecture import load_genotype as load_genotype
+from jmeta.architecture import save_genotype as save_genotype
 from jmeta.autotune import Choice as Choice
 from jmeta.autotune import tune as tune
 from jmeta.autotune import use_cache as use_cache
@@ -28,6 +34,8 @@ from jmeta.evaluate.transfer import transfer as transfer
 from jmeta.learners.asb import anml as anml
 from jmeta.learners.asb import asb as asb
 from jmeta.learners.asb import oml as oml
+from jmeta.learners.combine import switch as switch
+from jmeta.learners.combine import watched as watched
 from jmeta.learners.maml import anil as anil
 from jmeta.learners.maml import boil as boil
 from jmeta.learners.maml import maml as maml
@@ -47,8 +55,18 @@ from jmeta.models.backbones import conv3 as conv3
 from jmeta.models.backbones import conv4 as conv4
 from jmeta.models.backbones import mlp as mlp
 from jmeta.models.backbones import resnet12 as resnet12
+from jmeta.models.supernet import derive as derive
+from jmeta.models.supernet import discretise as discretise
+from jmeta.models.supernet import promising as promising
+from jmeta.models.supernet import shrink as shrink
+from jmeta.models.supernet import sparse_size as sparse_size
+from jmeta.models.supernet import supernet as supernet
+from jmeta.rules.architecture import anneal as anneal
+from jmeta.rules.architecture import mix as mix
 from jmeta.rules.dormant import continual_backprop as continual_backprop
 from jmeta.rules.dormant import redo as redo
+from jmeta.rules.outer import on_params as on_params
+from jmeta.rules.outer import top_level as top_level
 from jmeta.rules.patterns import Pattern as Pattern
 from jmeta.rules.patterns import load_pattern as load_pattern
 from jmeta.rules.patterns import pattern as pattern

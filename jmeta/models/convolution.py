@@ -22,7 +22,9 @@ LAYOUT = ("NHWC", "HWIO", "NHWC")
 CACHE = 2**21  # bytes of a core's second cache, or near it
 
 
-def patches_of(x: jax.Array, size: Sequence[int], strides: Sequence[int], padding: Sequence[tuple[int, int]]) -> jax.Array:
+def patches_of(
+    x: jax.Array, size: Sequence[int], strides: Sequence[int], padding: Sequence[tuple[int, int]], dilation: Sequence[int] = (1, 1)
+) -> jax.Array:
     """What a convolution's kernel sees at each place.
 
     Args:
@@ -30,17 +32,18 @@ def patches_of(x: jax.Array, size: Sequence[int], strides: Sequence[int], paddin
       size: height and width of the kernel.
       strides: two ints.
       padding: a pair of ints for each of the two dimensions.
+      dilation: distances of the places that the kernel sees, two ints.
 
     Returns:
       `[N, H', W', height * width * C]`.
     """
     x = _pad(x, ((0, 0), *padding, (0, 0)))
-    (height, width), (down, across) = size, strides
+    (height, width), (down, across) = (((side - 1) * each + 1 for side, each in zip(size, dilation, strict=True)), strides)
     rows, columns = (x.shape[1] - height) // down + 1, (x.shape[2] - width) // across + 1
     views = [
         x[:, i : i + (rows - 1) * down + 1 : down, j : j + (columns - 1) * across + 1 : across]
-        for i in range(height)
-        for j in range(width)
+        for i in range(0, height, dilation[0])
+        for j in range(0, width, dilation[1])
     ]
     return jnp.concatenate(views, -1)
 

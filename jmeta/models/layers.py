@@ -42,23 +42,28 @@ def task_conv(
       rhs: kernel `[h, w, C, F]`.
       window_strides: two ints.
       padding: "SAME", "VALID" or a pair of ints for each of the two dimensions.
+      rhs_dilation: distances of the places that the kernel sees, two ints.
 
     Returns:
       `[N, H', W', F]`.
 
     Raises:
-      NotImplementedError: dilation or groups are asked for.
+      NotImplementedError: dilated images or groups are asked for.
     """
-    if set(lhs_dilation or (1,)) != {1} or set(rhs_dilation or (1,)) != {1} or feature_group_count != 1:
-        raise NotImplementedError("task_conv: dilation and feature groups are not supported; use jax.lax.conv_general_dilated.")
-    size = rhs.shape[:2]
-    pads = lax.padtype_to_pads(lhs.shape[1:3], size, window_strides, padding) if isinstance(padding, str) else padding
+    if set(lhs_dilation or (1,)) != {1} or feature_group_count != 1:
+        raise NotImplementedError(
+            "task_conv: dilated images and feature groups are not supported; use jax.lax.conv_general_dilated."
+        )
+    size, apart = rhs.shape[:2], tuple(rhs_dilation or (1, 1))
+    seen = [(side - 1) * each + 1 for side, each in zip(size, apart, strict=True)]
+    pads = lax.padtype_to_pads(lhs.shape[1:3], seen, window_strides, padding) if isinstance(padding, str) else padding
     (top, bottom), (left, right) = pads
     # `convolve` could not tell a checked shard_map over which devices its result varies.
     varying = any(getattr(jax.typeof(each), "vma", ()) for each in (lhs, rhs))
-    if tuple(window_strides) == (1, 1) and size != (1, 1) and jax.default_backend() == "cpu" and not varying:
+    plain = tuple(window_strides) == (1, 1) and apart == (1, 1) and size != (1, 1)
+    if plain and jax.default_backend() == "cpu" and not varying:
         return convolve(lhs, rhs, ((top, bottom), (left, right)))
-    return times_kernel(patches_of(lhs, size, window_strides, pads), rhs, precision)
+    return times_kernel(patches_of(lhs, size, window_strides, pads, apart), rhs, precision)
 
 
 def max_pool(x: jax.Array, size: int = 2) -> jax.Array:
@@ -180,6 +185,23 @@ class _FoldedInstanceNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (kernel.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (kernel.shape[-1],))
         return jax.vmap(lambda own: _folded_batch_norm(EPSILON, own, kernel, scale, bias), 1)(planes)
+
+
+def standardise(norm: str, x: jax.Array, scale: Any = 1.0, bias: Any = 0.0) -> jax.Array:
+    """Mean 0 and variance 1 of `x[N, H, W, C]`, over axes that the name tells, times a scale plus a bias; without parameters.
+
+    Args:
+      norm: "batch" takes each channel's statistics over the batch at hand, "instance" over each example; "layer" takes those of all
+        channels of an example.
+      x: maps.
+      scale: `[C]` or a number.
+      bias: `[C]` or a number.
+    """
+    if norm == "batch":
+        ones = jnp.ones(x.shape[-1], x.dtype)
+        return _batch_norm(EPSILON, x, scale * ones, bias * ones)
+    axes = (1, 2) if norm == "instance" else (1, 2, 3)
+    return jax.nn.standardize(x, axes, epsilon=EPSILON) * scale + bias
 
 
 def normalise(norm: Norm, x: jax.Array) -> jax.Array:

@@ -195,7 +195,7 @@ def _static(part: Rule, rows: tuple[tuple[float, ...], ...], names: tuple[str, .
     group_of = [groups.index(tuple(map(bool, column))) for column in columns]
 
     def init(params):
-        return tuple(part.update.init(params) if any(group) else () for group in groups)
+        return tuple(part.update.init(params) for _ in groups)
 
     def phase(step):
         return rows[min(step, len(rows) - 1)], part.phase(step)

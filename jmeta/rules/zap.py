@@ -21,7 +21,7 @@ Differs from the papers in: `later_layers` draws what the model's own initialisa
 import functools
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -65,7 +65,7 @@ def zap(
     """Draws a layer's weights anew as a task begins: those of its classes, of all, or of some by chance.
 
     Args:
-      layer: a name at the top level of the parameters, usually the last.
+      layer: a name at the top level of the parameters, usually the last, or a path such as "w/head".
       init: how weights are drawn; see `zap_layer`.
       which: "support" for the classes that the support set's labels name, "all", or the fraction of units that are drawn by lot.
       bias: whether their biases become 0 as well; the paper leaves them.
@@ -95,8 +95,7 @@ def zap(
         return ()
 
     def reset(key, params, support, *, hyper):
-        _check_layer(params, layer)
-        units = _units(params[layer])
+        units = _units(_check_layer(params, layer))
         if fraction is not None:
             key, key_lot = jax.random.split(key)
             return zap_layer(key, params, layer, _lot(key_lot, units, fraction), init=init, bias=bias)
@@ -117,7 +116,7 @@ def zap_layer(
     Args:
       key: of what is drawn.
       params: a network's parameters.
-      layer: a name at their top level.
+      layer: a name at their top level, or a path.
       chosen: units, which are a head's classes: integers `[N]` or one, which may be traced, or bools `[units]`; None for all.
       init: "he_normal" draws from N(0, 2 / D), where D is the number of weights of a unit. "official_iid" draws from
         N(0, 2 / (n D)), where n is the number of units chosen, as the paper's released code does when it resets many at once. Or a
@@ -131,8 +130,8 @@ def zap_layer(
       ValueError: as for `zap`.
     """
     _check_init(init)
-    _check_layer(params, layer)
-    units = _units(params[layer])
+    layer_params = _check_layer(params, layer)
+    units = _units(layer_params)
     here, columns = _marked(chosen, units), _columns(chosen, units)
 
     def one(path, leaf):
@@ -152,9 +151,14 @@ def zap_layer(
         drawn = drawn * jnp.sqrt(2 / (rows * math.prod(leaf.shape[:-1]))).astype(leaf.dtype)
         return drawn if len(columns) == units else jnp.zeros_like(leaf).at[..., columns].set(drawn)
 
-    own = params[layer]
-    masks, fresh = (jax.tree_util.tree_map_with_path(each, own) for each in (one, draw))
-    return {**params, layer: reset_where(own, masks, fresh)}
+    masks, fresh = (jax.tree_util.tree_map_with_path(each, layer_params) for each in (one, draw))
+    return _with(params, layer.split("/"), reset_where(layer_params, masks, fresh))
+
+
+def _with(params: Params, path: list[str], layer: Any) -> Params:
+    """The parameters with another layer at the end of a path."""
+    first, *rest = path
+    return {**params, first: _with(params[first], rest, layer) if rest else layer}
 
 
 @memoise
@@ -207,17 +211,27 @@ def _check_init(init: Any) -> None:
         raise ValueError(f"zap: init must be 'he_normal', 'official_iid' or a function of key, shape and type, got {init!r}.")
 
 
-def _check_layer(params: Params, layer: str) -> None:
-    if layer not in params:
-        raise ValueError(f"zap: {layer!r} is not a layer of the parameters; they have {', '.join(params)}.")
-    _units(params[layer])
-    mine = {id(leaf) for leaf in jax.tree.leaves(params[layer])}
-    sharing = [name for name, other in params.items() if name != layer and mine & {id(leaf) for leaf in jax.tree.leaves(other)}]
+def _check_layer(params: Params, layer: str) -> Params:
+    """The parameters of the layer."""
+    own: Any = params
+    for name in layer.split("/"):
+        if not isinstance(own, Mapping) or name not in own:
+            there = ", ".join(own) if isinstance(own, Mapping) else "nothing below"
+            raise ValueError(f"zap: {layer!r} is not a layer of the parameters; they have {there}.")
+        own = own[name]
+    _units(own)
+    mine = [id(leaf) for leaf in jax.tree.leaves(own)]
+    everywhere = [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), id(leaf))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    ]
+    sharing = [path for path, other in everywhere if other in mine and not path.startswith(f"{layer}/")]
     if sharing:
         raise ValueError(
             f"zap: {layer!r} holds the very arrays of {', '.join(sharing)}, and a reset would part them. Usual cause: a layer "
             "shared by reference; keep shared weights under one name."
         )
+    return own
 
 
 def _units(layer: Any) -> int:

@@ -1,0 +1,210 @@
+"""Architectures of cells: what a relaxed one weighs, what a discrete one is, and how it is kept in a file.
+
+A cell has nodes 0, 1, ...; node j sees the outputs of the two cells before (inputs 0 and 1) and of the nodes before it (inputs 2 to
+j + 1). On each of its inputs it weighs operations, and it weighs the pairs of inputs that it adds up:
+
+    node_j = sum over pairs u < v of p_uv (o_ju + o_jv),   o_ju = sum over operations of w_ju,op op(x_u)
+    w_ju = softmax(a_ju / T),  p = softmax(g_j / T)
+
+References:
+  Elsken, Staffler, Metzen, Hutter, Meta-Learning of Neural Architectures for Few-Shot Learning, CVPR 2020
+  (https://arxiv.org/abs/1911.11090): pairs of inputs, annealed temperature, soft pruning.
+  Liu, Simonyan, Yang, DARTS: Differentiable Architecture Search, ICLR 2019 (https://arxiv.org/abs/1806.09055): the relaxation.
+"""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+PRIMITIVES = (
+    "max_pool_3x3",
+    "avg_pool_3x3",
+    "skip_connect",
+    "conv_1x5_5x1",
+    "conv_3x3",
+    "sep_conv_3x3",
+    "dil_conv_3x3",
+)
+KINDS = ("normal", "reduce")
+GONE = -1e9  # the logit of an operation that was pruned for good
+
+Edges = tuple[tuple[tuple[str, ...], ...], ...]  # operations of each input of each node
+Choices = tuple[tuple[tuple[str, int], ...], ...]  # (operation, input) of each node
+
+
+class Space(NamedTuple):
+    """Operations that are open to each input of each node, in normal cells and in those that halve the map."""
+
+    normal: Edges
+    reduce: Edges
+
+
+class Genotype(NamedTuple):
+    """A discrete architecture: for each node the operations and inputs that it adds up, in normal cells and in those that halve."""
+
+    normal: Choices
+    reduce: Choices
+
+
+def full_space(nodes: int) -> Space:
+    """All operations on all inputs of each of `nodes` nodes.
+
+    >>> [len(inputs) for inputs in full_space(3).normal]
+    [2, 3, 4]
+    """
+    edges = tuple((PRIMITIVES,) * (node + 2) for node in range(nodes))
+    return Space(edges, edges)
+
+
+def pairs_of(inputs: int) -> np.ndarray:
+    """The pairs u < v of so many inputs, `[pairs, 2]`, in the order of their alphas."""
+    return np.array(list(itertools.combinations(range(inputs), 2)))
+
+
+def init_alpha(key: jax.Array, nodes: int) -> dict[str, Any]:
+    """Logits near 0: `{kind: {node: {"ops": [inputs, 7], "pairs": [pairs]}}}`, drawn from N(0, 1e-6)."""
+
+    def draw(number, shape):
+        return 1e-3 * jax.random.normal(jax.random.fold_in(key, number), shape)
+
+    numbers = itertools.count()
+    return {
+        kind: {
+            f"node{node}": {
+                "ops": draw(next(numbers), (node + 2, len(PRIMITIVES))),
+                "pairs": draw(next(numbers), (len(pairs_of(node + 2)),)),
+            }
+            for node in range(nodes)
+        }
+        for kind in KINDS
+    }
+
+
+def mixture(alpha: Any, temperature: Any = 1.0, threshold: float = 0.0) -> dict[str, Any]:
+    """What the logits weigh: softmax at a temperature, with weights up to a threshold put to 0 and the others left as they are.
+
+    Args:
+      alpha: of `init_alpha`.
+      temperature: that the logits are divided by; may be traced.
+      threshold: of the weights of operations and of pairs.
+
+    Returns:
+      `{kind: {node: {"ops": [inputs, 7], "inputs": [inputs]}}}`; an input's weight is the sum over its pairs.
+    """
+
+    def weigh(logits):
+        weights = jax.nn.softmax(logits / temperature)
+        return jnp.where(weights > threshold, weights, 0) if threshold else weights
+
+    def node(own):
+        inputs = own["ops"].shape[0]
+        member = (pairs_of(inputs)[:, :, None] == np.arange(inputs)).any(1)  # [pairs, inputs]
+        return {"ops": weigh(own["ops"]), "inputs": weigh(own["pairs"]) @ member.astype(own["pairs"].dtype)}
+
+    return {kind: {name: node(own) for name, own in nodes.items()} for kind, nodes in alpha.items()}
+
+
+def genotype(alpha: Any) -> Genotype:
+    """The discrete architecture of the largest logits: of each node the best pair of inputs, of each input the best operation.
+
+    Args:
+      alpha: of `init_alpha`, or the parameters of a supernet.
+
+    >>> genotype(init_alpha(jax.random.key(0), 1)).normal[0][0][0] in PRIMITIVES
+    True
+    """
+    alpha = alpha.get("alpha", alpha)
+
+    def choose(own):
+        ops, pairs = np.asarray(own["ops"]), np.asarray(own["pairs"])
+        return tuple((PRIMITIVES[ops[u].argmax()], int(u)) for u in pairs_of(len(ops))[pairs.argmax()])
+
+    return Genotype(*(tuple(choose(alpha[kind][f"node{node}"]) for node in range(len(alpha[kind]))) for kind in KINDS))
+
+
+def check_genotype(name: str, genotype: Genotype) -> None:
+    """Refuses operations that are not known and inputs that are not there yet.
+
+    Raises:
+      ValueError: as said; `name` begins the message.
+    """
+    for kind, nodes in zip(KINDS, genotype, strict=True):
+        if not nodes or len(nodes) != len(genotype.normal):
+            raise ValueError(
+                f"{name}: cells need at least 1 node, as many of both kinds; got {len(genotype.normal)} and {len(nodes)}."
+            )
+        for node, choices in enumerate(nodes):
+            for operation, source in choices:
+                if operation not in PRIMITIVES:
+                    raise ValueError(f"{name}: {operation!r} in {kind} node {node} is not one of {', '.join(PRIMITIVES)}.")
+                if not isinstance(source, int) or not 0 <= source < node + 2:
+                    raise ValueError(
+                        f"{name}: {kind} node {node} has input {source!r}, but there are inputs 0 to {node + 1}. Usual cause: "
+                        "nodes counted from 0; inputs 0 and 1 are the two cells before, node 0 is input 2."
+                    )
+            sources = [source for _, source in choices]
+            if not choices or len(set(sources)) < len(sources):
+                raise ValueError(f"{name}: {kind} node {node} must add up different inputs, at least one; got {sources}.")
+
+
+def save_genotype(path: str | Path, genotype: Genotype) -> None:
+    """Writes a genotype as JSON: `{"normal": [[["conv_3x3", 0], ...], ...], "reduce": ...}`.
+
+    Raises:
+      ValueError: the genotype is none.
+      FileExistsError: the file is there already.
+    """
+    check_genotype("save_genotype", genotype)
+    with Path(path).open("x") as file:
+        json.dump(genotype._asdict(), file, indent=1)
+
+
+def load_genotype(path: str | Path) -> Genotype:
+    """Reads a genotype that `save_genotype` wrote.
+
+    Raises:
+      ValueError: the file holds something else, unknown operations, or inputs that cannot be.
+    """
+    try:
+        stored = json.loads(Path(path).read_text())
+        nodes = [tuple(tuple((op, source) for op, source in node) for node in stored[kind]) for kind in KINDS]
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f'load_genotype: {path} is not {{"normal": [[[operation, input], ...], ...], "reduce": ...}}: {error}.'
+        ) from error
+    found = Genotype(*nodes)
+    check_genotype(f"load_genotype: {path}", found)
+    return found
+
+
+PUBLISHED = {
+    "metanas-mini-imagenet-v2": Genotype(
+        (
+            (("conv_1x5_5x1", 0), ("conv_3x3", 1)),
+            (("conv_3x3", 0), ("sep_conv_3x3", 2)),
+            (("dil_conv_3x3", 1), ("conv_1x5_5x1", 3)),
+        ),
+        (
+            (("sep_conv_3x3", 0), ("conv_3x3", 1)),
+            (("conv_3x3", 0), ("sep_conv_3x3", 2)),
+            (("conv_3x3", 0), ("dil_conv_3x3", 1)),
+        ),
+    ),
+    "metanas-omniglot-v2": Genotype(
+        (
+            (("dil_conv_3x3", 0), ("sep_conv_3x3", 1)),
+            (("avg_pool_3x3", 0), ("sep_conv_3x3", 1)),
+            (("conv_1x5_5x1", 0), ("conv_3x3", 2)),
+        ),
+        (
+            (("skip_connect", 0), ("sep_conv_3x3", 1)),
+            (("conv_3x3", 0), ("dil_conv_3x3", 1)),
+            (("dil_conv_3x3", 0), ("conv_1x5_5x1", 2)),
+        ),
+    ),
+}

@@ -1,0 +1,318 @@
+"""The supernet against one written edge by edge, its derived networks, and what pruning leaves of it."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import lax
+
+import jmeta as jm
+from jmeta.architecture import PRIMITIVES, full_space, pairs_of
+from tests import toys
+
+SMALL = {"cells": 3, "nodes": 2, "channels": 2, "reductions": (1,), "shape": (9, 8, 1)}
+
+
+def _small(key, **options):
+    """A small supernet in float64, with alphas that differ, and two images."""
+    model = jm.supernet(3, **{**SMALL, **options})
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), model.init(key))
+    params["alpha"] = jax.tree.map(lambda leaf: jnp.where(leaf < -1e6, leaf, 1000 * leaf), params["alpha"])
+    return model, params, jax.random.normal(key, (2, 9, 8, 1), jnp.float64)
+
+
+def _standardised(x):
+    return (x - x.mean((0, 1, 2))) / jnp.sqrt(x.var((0, 1, 2)) + 1e-5)
+
+
+def _conv(x, kernel, stride=1, dilation=1, groups=1):
+    pads = [(dilation * (size // 2),) * 2 for size in kernel.shape[:2]]
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        pads,
+        rhs_dilation=(dilation, dilation),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
+
+
+def _separable(x, depth, point, stride=1, dilation=1):
+    return _conv(_conv(jax.nn.relu(x), depth, stride, dilation, x.shape[-1]), point)
+
+
+def _halved(own, x):
+    x = jax.nn.relu(x)
+    odd = jnp.pad(x[:, 1:, 1:], [(0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)])
+    parts = [_conv(each, own[name]["kernel"], 2) for name, each in (("even", x), ("odd", odd))]
+    return _standardised(jnp.concatenate(parts, -1))
+
+
+def _one(op, own, x, stride):
+    """An operation, as the specification of the paper's code has it."""
+    kernel = {name: entry["kernel"] for name, entry in own.items()} if op != "skip_connect" else {}
+    window = {
+        "window_dimensions": (1, 3, 3, 1),
+        "window_strides": (1, stride, stride, 1),
+        "padding": ((0, 0), (1, 1), (1, 1), (0, 0)),
+    }
+    if op == "max_pool_3x3":
+        return _standardised(lax.reduce_window(x, -jnp.inf, lax.max, **window))
+    if op == "avg_pool_3x3":
+        total, count = (lax.reduce_window(each, 0.0, lax.add, **window) for each in (x, jnp.ones_like(x)))
+        return _standardised(total / count)
+    if op == "skip_connect":
+        return x if stride == 1 else _halved(own, x)
+    if op == "conv_1x5_5x1":
+        return _standardised(_conv(_conv(jax.nn.relu(x), kernel["row"], stride), kernel["column"]))
+    y = _standardised(_separable(x, kernel["depth"], kernel["point"], stride, 2 if op == "dil_conv_3x3" else 1))
+    return _standardised(_separable(y, kernel["depth2"], kernel["point2"])) if op == "sep_conv_3x3" else y
+
+
+def _edge_by_edge(params, x, weights, *, cells=3, nodes=2, reductions=(1,), **_):
+    """The network with a loop over cells, nodes, inputs and operations, and over the pairs of inputs."""
+    w = params["w"]
+    stem = _standardised(_conv(x, w["stem"]["conv"]["kernel"])) * w["stem"]["norm"]["scale"] + w["stem"]["norm"]["bias"]
+    before = last = stem
+    for number in range(cells):
+        own, kind = w[f"cell{number}"], "reduce" if number in reductions else "normal"
+        project = lambda entry, y: _standardised(_conv(jax.nn.relu(y), entry["kernel"]))
+        maps = [(_halved if number - 1 in reductions else project)(own["input0"], before), project(own["input1"], last)]
+        # Parameters are stacked by input, then by node.
+        order = [(u, j) for u in range(nodes + 1) for j in range(nodes) if u < j + 2]
+        for j in range(nodes):
+            outputs = []
+            for u in range(j + 2):
+                stride = 2 if kind == "reduce" and u < 2 else 1
+                parts = []
+                for op in PRIMITIVES:
+                    stacked = [edge for edge in order if op != "skip_connect" or (kind == "reduce" and edge[0] < 2)]
+                    entry = _row(own[kind][op], stacked.index((u, j))) if (u, j) in stacked and op in own[kind] else {}
+                    parts.append(weights[kind][j][0][u][PRIMITIVES.index(op)] * _one(op, entry, maps[u], stride))
+                outputs.append(sum(parts))
+            maps.append(sum(p * (outputs[u] + outputs[v]) for p, (u, v) in zip(weights[kind][j][1], pairs_of(j + 2), strict=True)))
+        before, last = last, jnp.concatenate(maps[2:], -1)
+    return last.mean((1, 2)) @ w["head"]["kernel"] + w["head"]["bias"]
+
+
+def _row(tree, number):
+    return jax.tree.map(lambda leaf: leaf[number], tree)
+
+
+def _soft(alpha):
+    return {
+        kind: [[jax.nn.softmax(alpha[kind][f"node{j}"][name]) for name in ("ops", "pairs")] for j in range(2)] for kind in alpha
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        ({"ways": 5, "shape": (84, 84, 3)}, 462_509),
+        ({"ways": 20}, 462_272),
+        ({"ways": 5, "channels": 8, "shape": (84, 84, 3)}, 45_749),
+    ],
+)
+def test_the_supernets_sizes_are_the_papers(options, size):
+    shapes = jax.eval_shape(jm.supernet(**options).init, jax.random.key(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes["w"])) == size
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes["alpha"])) == 126 + 20
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "size"),
+    [
+        ("metanas-mini-imagenet-v2", {"ways": 5, "shape": (84, 84, 3)}, 82_101),
+        ("metanas-mini-imagenet-v2", {"ways": 5, "shape": (84, 84, 3), "cells": 5}, 108_169),
+        ("metanas-mini-imagenet-v2", {"ways": 5, "shape": (84, 84, 3), "cells": 5, "channels": 96}, 1_160_741),
+        ("metanas-omniglot-v2", {"ways": 20, "cells": 5, "channels": 96}, 1_056_116),
+    ],
+)
+def test_the_derived_networks_sizes_are_the_papers(name, options, size):
+    shapes = jax.eval_shape(jm.derive(jm.PUBLISHED[name], **options).init, jax.random.key(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == size
+
+
+def test_it_equals_a_network_written_edge_by_edge(key):
+    with jax.enable_x64(True):
+        model, params, x = _small(key)
+        labels = jnp.array([0, 2])
+        ours = jax.jit(jax.value_and_grad(lambda p: jm.xent(model.apply(p, x), labels)))(params)
+        by_hand = lambda p: jm.xent(_edge_by_edge(p, x, _soft(p["alpha"])), labels)
+        chex.assert_trees_all_close(ours, jax.jit(jax.value_and_grad(by_hand))(params), rtol=1e-9, atol=1e-11)
+
+
+def test_gradients_of_the_alphas_agree_with_finite_differences(key):
+    with jax.enable_x64(True):
+        model, params, x = _small(key)
+        rule = jm.mix(jm.anneal(1.0, 0.5, 2))
+
+        @jax.jit
+        def loss(alpha):
+            gated = rule.gate({**params, "alpha": alpha}, step=1, hyper=(), key=None)
+            return jm.xent(model.apply(gated, x), jnp.array([0, 2]))
+
+        alpha = params["alpha"]
+        direction = jax.tree.map(lambda leaf: jax.random.normal(jax.random.fold_in(key, leaf.size), leaf.shape), alpha)
+        at = lambda step: loss(jax.tree.map(lambda a, d: a + step * d, alpha, direction))
+        slope = (at(1e-5) - at(-1e-5)) / 2e-5
+        np.testing.assert_allclose(slope, optax.tree.vdot(jax.grad(loss)(alpha), direction), rtol=1e-6)
+
+
+def test_near_temperature_zero_it_is_its_derived_network(key):
+    with jax.enable_x64(True):
+        model, params, x = _small(key)
+        found = jm.genotype(params)
+        cold = jm.mix(1e-4).gate(params, step=0, hyper=(), key=None)
+        sizes = {name: value for name, value in SMALL.items() if name != "nodes"}
+        derived = jm.derive(found, 3, **sizes)
+        plain = jm.discretise(params, found, derived)
+        chex.assert_trees_all_equal_shapes(plain, derived.init(key))
+        np.testing.assert_allclose(derived.apply(plain, x), model.apply(cold, x), rtol=1e-9)
+        assert not np.allclose(model.apply(params, x), model.apply(cold, x), rtol=1e-3)
+
+
+def test_pruned_for_good_it_is_smaller_and_computes_the_same(key):
+    """Adam's state goes along, the program is shorter, and the logits of what is gone weigh nothing."""
+    make = lambda space: jm.reptile(
+        jm.supernet(3, **SMALL, space=space),
+        jm.xent,
+        jm.chain(jm.mix(0.1), optax.adam(0.01, b1=0.0)),
+        jm.repeat(1),
+        carry_state=True,
+    )
+    large = make(None)
+    theta = large.init(key)
+    alpha = jax.tree.map(lambda leaf: 300 * leaf, theta.params["alpha"])
+    theta = theta._replace(params={**theta.params, "alpha": alpha})
+    theta = theta._replace(memory=jax.tree.map(lambda leaf: leaf + 7, theta.memory))
+    space = jm.promising(theta.params, threshold=0.1, temperature=0.1)
+    small = make(space)
+    shrunk = jm.shrink(theta, small, space)
+    chex.assert_trees_all_equal_shapes_and_dtypes(shrunk, small.init(key))
+    assert (
+        0
+        < sum(leaf.size for leaf in jax.tree.leaves(shrunk.params["w"]))
+        < sum(leaf.size for leaf in jax.tree.leaves(theta.params["w"]))
+    )
+    slots = [leaf for leaf in jax.tree.leaves(shrunk.memory) if leaf.ndim]
+    assert all((np.asarray(leaf) == 7).all() for leaf in slots)
+
+    x = jax.random.normal(key, (2, 9, 8, 1))
+    cut = jax.tree.map(lambda now, new: jnp.where(new < -1e6, new, now), theta.params["alpha"], shrunk.params["alpha"])
+    expected = large.predict(theta._replace(params={**theta.params, "alpha": cut}), x)
+    np.testing.assert_allclose(small.predict(shrunk, x), expected, rtol=1e-4, atol=1e-5)
+    lines = [str(jax.make_jaxpr(learner.predict)(phi, x)).count("\n") for learner, phi in ((large, theta), (small, shrunk))]
+    assert lines[1] < lines[0]
+
+    fewer = jm.promising(shrunk.params, threshold=0.14, temperature=0.1)
+    least = make(fewer)
+    chex.assert_trees_all_equal_shapes(jm.shrink(shrunk, least, fewer, before=space), least.init(key))
+
+
+def test_sparse_size_counts_what_a_task_uses(key):
+    model = jm.supernet(3, cells=2, nodes=2, channels=2, reductions=(1,), shape=(9, 8, 1))
+    params = model.init(key)
+    total = sum(leaf.size for leaf in jax.tree.leaves(params["w"]))
+    size = jax.jit(lambda alpha: jm.sparse_size({**params, "alpha": alpha}, temperature=1.0, threshold=0.05))
+    assert int(size(params["alpha"])) == total
+
+    alpha = jax.tree.map(jnp.copy, params["alpha"])
+    column = PRIMITIVES.index("conv_1x5_5x1")
+    alpha["normal"]["node0"]["ops"] = alpha["normal"]["node0"]["ops"].at[0, column].set(-20.0)
+    assert int(size(alpha)) == total - 2 * 5 * 2 * 2  # kernels of 1 x 5 and 5 x 1, of 2 and 2 channels
+    alpha = jax.tree.map(jnp.copy, params["alpha"])
+    alpha["reduce"]["node1"]["pairs"] = jnp.array([20.0, -20.0, -20.0])  # node 1 of the second cell sees inputs 0 and 1 alone
+    of_edge = 2 * 5 * 4 + (18 + 4) + 2 * (18 + 4) + (18 + 4)
+    assert int(size(alpha)) == total - of_edge
+    vmapped = jax.vmap(size)(jax.tree.map(lambda *leaves: jnp.stack(leaves), alpha, params["alpha"]))
+    np.testing.assert_array_equal(vmapped, [total - of_edge, total])
+
+
+@pytest.mark.parametrize("norm", ["batch", "instance", "layer"])
+def test_each_norm_takes_its_own_statistics(key, norm):
+    model = jm.derive(
+        jm.Genotype(((("conv_3x3", 0), ("skip_connect", 1)),), ((("max_pool_3x3", 0), ("skip_connect", 1)),)),
+        3,
+        cells=2,
+        channels=2,
+        shape=(8, 8, 1),
+        norm=norm,
+    )
+    params, x = model.init(key), jax.random.normal(key, (3, 8, 8, 1))
+    assert np.allclose(model.apply(params, x)[:1], model.apply(params, x[:1]), atol=1e-5) == (norm != "batch")
+
+
+def _tasks():
+    return jm.Tasks(
+        lambda key, data: jax.tree.map(lambda x: x.reshape(-1, 8, 8, 1) if x.ndim == 2 else x, toys.blobs(size=64).sample(key, ()))
+    )
+
+
+def test_metanas_is_a_composition(key):
+    """Reptile on both, with rates of their own; alphas and weights take turns, which is a pattern; a zap is one more part."""
+    net = jm.supernet(3, cells=2, nodes=1, channels=2, shape=(8, 8, 1))
+    adam = {name: optax.adam(0.01, b1=0.0) for name in ("alpha", "w")}
+    turns = jm.lambda_mask([[1, 0], [0, 1]] * 2, optax.partition(adam, jm.top_level), labels=("alpha", "w"))
+    rule = jm.chain(jm.zap("w/head", which="all"), jm.mix(jm.anneal(1.0, 0.1, 2, every=2), threshold=0.01), turns)
+    learner = jm.reptile(net, jm.xent, rule, jm.minibatches(4, 4), unroll=False, carry_state=True)
+    outer = jm.on_params(optax.partition({"w": optax.sgd(1.0), "alpha": optax.sgd(0.5)}, jm.top_level))
+    theta = learner.init(key)
+    fit = jm.fit(key, learner, _tasks(), outer=outer, steps=2, batch=2, theta=theta, progress=False)
+    moved = {
+        name: float(optax.tree.norm(jax.tree.map(jnp.subtract, fit.theta.params[name], theta.params[name])))
+        for name in theta.params
+    }
+    assert all(1e-4 < distance < 100 for distance in moved.values())
+    score = jm.fewshot(key, learner, fit.theta, _tasks(), 4)
+    assert score.by_step.shape == (5, 2)
+
+
+def test_tnas_is_maml_of_first_order_on_a_supernet(key):
+    """Alphas and weights together in one backward pass, with rates of their own."""
+    net = jm.supernet(3, cells=1, nodes=1, channels=2, shape=(8, 8, 1))
+    both = optax.partition({"w": optax.sgd(0.1), "alpha": optax.sgd(30.0)}, jm.top_level)
+    learner = jm.maml(net, jm.xent, jm.chain(jm.mix(), both), jm.repeat(2), order=1)
+    theta, task = learner.init(key), _tasks().sample(key, ())
+    phi = learner.adapt(key, theta, task.support)
+    _, gradient, _ = jax.jit(lambda theta: learner.grad(key, theta, task, meta_step=0))(theta)
+    for name in ("alpha", "w"):
+        assert float(optax.tree.norm(jax.tree.map(jnp.subtract, phi.params[name], theta.params[name]))) > 1e-3
+        assert float(optax.tree.norm(gradient.params[name])) > 0
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: jm.supernet(5, cells=0), "supernet: cells must be at least 1, got 0"),
+        (lambda: jm.supernet(5, channels=1), "channels must be at least 2, since a map is halved by two convolutions"),
+        (lambda: jm.supernet(5, cells=2, reductions=(2,)), "reductions must be numbers of the 2 cells, from 0 to 1"),
+        (lambda: jm.supernet(5, norm="support"), "norm must be one of batch, layer, instance, got 'support'"),
+        (lambda: jm.supernet(5, nodes=2, space=full_space(3)), r"2 nodes see \[2, 3\] inputs.*nodes of \[2, 3, 4\] inputs"),
+        (
+            lambda: jm.promising(jm.supernet(5).init(jax.random.key(0)), threshold=0.2),
+            "promising: threshold must be from 0 to below 1/7",
+        ),
+        (lambda: _apply_others(), "supernet: the alphas must be those of cells of 2 nodes"),
+        (
+            lambda: jm.discretise(
+                jm.supernet(5, channels=4).init(jax.random.key(0)),
+                jm.PUBLISHED["metanas-omniglot-v2"],
+                jm.derive(jm.PUBLISHED["metanas-omniglot-v2"], 5, channels=6),
+            ),
+            "discretise: .* has shape .* give it the same sizes",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def _apply_others():
+    model, other = (jm.supernet(3, cells=1, nodes=nodes, channels=2) for nodes in (2, 3))
+    key = jax.random.key(0)
+    return model.apply({**model.init(key), "alpha": other.init(key)["alpha"]}, jnp.zeros((1, 28, 28, 1)))

@@ -1,0 +1,58 @@
+"""The mixture of a supernet's operations, and optimisers for its two parts."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jmeta as jm
+from jmeta.architecture import init_alpha, mixture
+
+
+def test_the_temperature_falls_within_each_task_and_takes_two_steps_where_two_take_turns(key):
+    schedule = jm.anneal(1.0, 0.1, 5, every=2)
+    expected = [1.0, 1.0, 0.775, 0.775, 0.55, 0.55, 0.325, 0.325, 0.1, 0.1, 0.1, 0.1]
+    np.testing.assert_allclose([schedule(step) for step in range(12)], expected, rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(schedule)(jnp.array(3)), 0.775, rtol=1e-6)
+    assert float(jm.anneal(1.0, 0.1, 1)(0)) == 1.0
+    params = {"alpha": init_alpha(key, 2), "w": {}}
+    for step in (0, 9):
+        gated = jm.mix(schedule, threshold=0.01).gate(params, step=step, hyper=(), key=None)
+        chex.assert_trees_all_close(gated["mixture"], mixture(params["alpha"], schedule(step), 0.01))
+    assert jm.mix(schedule) is jm.mix(jm.anneal(1.0, 0.1, 5, every=2))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: jm.mix(0.0), "mix: temperature must be above 0"),
+        (lambda: jm.mix(threshold=1.0), "mix: threshold must be from 0 to below 1"),
+        (lambda: jm.anneal(1.0, 0.0, 5), "anneal: temperatures must be above 0, got 1.0 and 0.0"),
+        (lambda: jm.anneal(1.0, 0.1, 0), "anneal: steps and every must be at least 1, got 0 and 1"),
+        (lambda: jm.mix().gate({"head": 1}, step=0, hyper=(), key=None), "mix: the parameters have no 'alpha', but head"),
+    ],
+)
+def test_what_cannot_be_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_an_outer_optimiser_of_the_parameters_leaves_the_rest(key):
+    theta = jm.Theta({"a": jnp.ones(2), "b": jnp.ones(2)}, {"rates": jnp.ones(1)})
+    parts = {"a": optax.sgd(1.0), "b": optax.adamw(0.1)}
+    outer, plain = jm.on_params(optax.partition(parts, jm.top_level)), optax.partition(parts, jm.top_level)
+    updates, state = outer.update(theta, outer.init(theta), theta, value=1.0, grad=theta)
+    expected, expected_state = plain.update(theta.params, plain.init(theta.params), theta.params)
+    chex.assert_trees_all_equal(updates, jm.Theta(expected, {"rates": jnp.zeros(1)}))
+    chex.assert_trees_all_equal(state, expected_state)
+
+
+def test_an_outer_optimiser_of_the_parameters_may_search_along_its_line():
+    theta = jm.Theta({"a": jnp.array(3.0)}, {"rates": jnp.ones(1)})
+    outer = jm.on_params(optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(20)))
+    loss = lambda moved, **_: (moved.params["a"] ** 2).sum() * moved.hyper["rates"].sum()
+    gradient = jax.grad(loss)(theta)
+    updates, _ = outer.update(gradient, outer.init(theta), theta, value=loss(theta), grad=gradient, value_fn=loss)
+    assert float(loss(optax.apply_updates(theta, updates))) < 9.0

@@ -1,0 +1,83 @@
+"""Architectures: what alphas weigh, and genotypes in files."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jmeta as jm
+from jmeta.architecture import PRIMITIVES, check_genotype, init_alpha, mixture, pairs_of
+
+
+def test_a_mixture_by_hand(key):
+    alpha = jax.tree.map(lambda leaf: 1000 * leaf, init_alpha(key, 3))
+    mixed = mixture(alpha, 0.5, 0.1)
+    for kind in ("normal", "reduce"):
+        for node in range(3):
+            ops, pairs = (np.asarray(alpha[kind][f"node{node}"][name]) for name in ("ops", "pairs"))
+            weights = np.exp(ops / 0.5) / np.exp(ops / 0.5).sum(1, keepdims=True)
+            of_pairs = np.exp(pairs / 0.5) / np.exp(pairs / 0.5).sum()
+            inputs = np.zeros(node + 2)
+            for weight, (u, v) in zip(of_pairs, pairs_of(node + 2), strict=True):
+                inputs[u] += weight * (weight > 0.1)
+                inputs[v] += weight * (weight > 0.1)
+            np.testing.assert_allclose(mixed[kind][f"node{node}"]["ops"], np.where(weights > 0.1, weights, 0), atol=1e-6)
+            np.testing.assert_allclose(mixed[kind][f"node{node}"]["inputs"], inputs, atol=1e-6)
+
+
+def test_alphas_start_near_zero_and_have_the_papers_sizes(key):
+    alpha = init_alpha(key, 3)
+    sizes = {name: sum(node[name].size for kind in alpha.values() for node in kind.values()) for name in ("ops", "pairs")}
+    assert sizes == {"ops": 126, "pairs": 20}
+    values = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(alpha)])
+    assert 0.5e-3 < values.std() < 1.5e-3
+    assert len(set(values)) == 146
+
+
+def test_a_genotype_takes_the_largest_logits(key):
+    alpha = jax.tree.map(jnp.zeros_like, init_alpha(key, 2))
+    alpha["normal"]["node1"]["ops"] = alpha["normal"]["node1"]["ops"].at[0, 4].set(1.0).at[2, 6].set(1.0)
+    alpha["normal"]["node1"]["pairs"] = jnp.array([0.0, 1.0, 0.0])  # of (0, 1), (0, 2), (1, 2)
+    found = jm.genotype(alpha)
+    assert found.normal[1] == (("conv_3x3", 0), ("dil_conv_3x3", 2))
+    assert found.reduce[0] == ((PRIMITIVES[0], 0), (PRIMITIVES[0], 1))
+
+
+@pytest.mark.parametrize("name", jm.PUBLISHED)
+def test_published_genotypes_go_through_a_file(tmp_path, name):
+    jm.save_genotype(tmp_path / "cells.json", jm.PUBLISHED[name])
+    assert jm.load_genotype(tmp_path / "cells.json") == jm.PUBLISHED[name]
+    with pytest.raises(FileExistsError):
+        jm.save_genotype(tmp_path / "cells.json", jm.PUBLISHED[name])
+
+
+GOOD = ((("conv_3x3", 0), ("skip_connect", 1)),)
+
+
+@pytest.mark.parametrize(
+    ("normal", "message"),
+    [
+        (((("conv_9x9", 0), ("skip_connect", 1)),), "'conv_9x9' in normal node 0 is not one of max_pool_3x3"),
+        (((("conv_3x3", 0), ("skip_connect", 2)),), "normal node 0 has input 2, but there are inputs 0 to 1.*node 0 is input 2"),
+        (((("conv_3x3", 1), ("skip_connect", 1)),), r"normal node 0 must add up different inputs, at least one; got \[1, 1\]"),
+        (((),), "must add up different inputs"),
+        ((), "at least 1 node"),
+    ],
+)
+def test_impossible_genotypes_are_refused(tmp_path, normal, message):
+    with pytest.raises(ValueError, match=message):
+        check_genotype("derive", jm.Genotype(normal, GOOD))
+    with pytest.raises(ValueError, match=message):
+        jm.derive(jm.Genotype(normal, GOOD), 5)
+    (tmp_path / "bad.json").write_text(json.dumps({"normal": normal, "reduce": GOOD}))
+    with pytest.raises(ValueError, match=message):
+        jm.load_genotype(tmp_path / "bad.json")
+
+
+@pytest.mark.parametrize("text", ["Genotype(normal=[])", "[1, 2]", '{"normal": []}', '{"normal": 3, "reduce": []}'])
+def test_files_that_hold_no_genotype_are_refused(tmp_path, text):
+    (tmp_path / "bad.json").write_text(text)
+    with pytest.raises(ValueError, match=r"load_genotype: .*bad\.json"):
+        jm.load_genotype(tmp_path / "bad.json")
