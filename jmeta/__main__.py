@@ -1,4 +1,4 @@
-"""The command line: `jmeta train [PRESET]`, `eval`, `adapt`, `search`, `presets`, `data`, `plot`, `compare`, `bench`."""
+"""The command line: `jmeta train [PRESET]`, `eval`, `adapt`, `search`, `derive`, `presets`, `data`, `plot`, `bench` ..."""
 
 import dataclasses
 import sys
@@ -20,7 +20,8 @@ USAGE = """usage: jmeta COMMAND ...
   search RUN [--tolerance 0.01]    find the fastest pattern of adaptation within a tolerance
   presets                          list the presets
   data NAME                        render glyphs or fetch omniglot, and show what is there
-  plot RUN [--routing]             draw learning curve, inner steps and an episode; or the channels that tasks choose
+  plot RUN [--routing] [--cells]   draw learning curve, inner steps and an episode; or the channels that tasks choose, or cells
+  derive RUN                       write the architecture that a run of metanas came to, for train PRESET --genotype FILE
   compare RESULT ... --out FILE    draw continual results, accuracy against classes learned, in one picture
   bench [speed|growth|overhead|frozen]   time jmeta and peers; how cost grows; what is beside it; what frozen layers save
 
@@ -87,7 +88,7 @@ def main() -> None:
     """Runs one command; expected errors are printed in one line and exit with 1."""
     args = sys.argv[1:]
     shown: dict[str, Any] = {"eval": commands.evaluate, "adapt": commands.adapt, "search": commands.search}
-    shown |= {"plot": commands.plot, "compare": commands_pretrain.compare}
+    shown |= {"plot": commands.plot, "derive": commands.derive, "compare": commands_pretrain.compare}
     silent = {"presets": commands.show_presets, "data": commands.data}
     if not args or args[0] in ("-h", "--help"):
         print(USAGE)

@@ -170,15 +170,22 @@ def load_genotype(path: str | Path) -> Genotype:
     Raises:
       ValueError: the file holds something else, unknown operations, or inputs that cannot be.
     """
+    return read_genotype(Path(path).read_text(), f"load_genotype: {path}")
+
+
+def read_genotype(text: str, name: str) -> Genotype:
+    """A genotype as JSON.
+
+    Raises:
+      ValueError: as `load_genotype`; `name` begins the message.
+    """
     try:
-        stored = json.loads(Path(path).read_text())
+        stored = json.loads(text)
         nodes = [tuple(tuple((op, source) for op, source in node) for node in stored[kind]) for kind in KINDS]
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f'load_genotype: {path} is not {{"normal": [[[operation, input], ...], ...], "reduce": ...}}: {error}.'
-        ) from error
+        raise ValueError(f'{name} is not {{"normal": [[[operation, input], ...], ...], "reduce": ...}}: {error}.') from error
     found = Genotype(*nodes)
-    check_genotype(f"load_genotype: {path}", found)
+    check_genotype(name, found)
     return found
 
 

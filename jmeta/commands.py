@@ -17,6 +17,7 @@ import tyro
 from jax.sharding import Mesh
 
 from jmeta import checkpoint, presets, pretrain, runs
+from jmeta.architecture import genotype, save_genotype
 from jmeta.autotune import tune
 from jmeta.core import LONGEST_UNROLL, Batch, MetaLearner, Theta, default_chunk
 from jmeta.evaluate import routing as routes
@@ -58,6 +59,7 @@ def train(
     """
     folder = Path(workdir) if workdir else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     checkpoint.check_workdir(folder, resume)
+    config = presets.with_genotype(config)
     mesh = _mesh(config, _kept_devices(folder) if devices is None else devices)
     problem = presets.make_problem(config)
     if (folder / "run.json").is_file():
@@ -482,15 +484,51 @@ def bench(args: list[str]) -> int:
     return subprocess.run([sys.executable, str(folder / f"{name}.py"), *rest, *out], check=False).returncode
 
 
-def plot(run: Annotated[str, tyro.conf.Positional], *, routing: bool = False) -> list[Path]:
+def derive(run: Annotated[str, tyro.conf.Positional], *, out: str | None = None) -> Path:
+    """Writes the discrete architecture that a run of metanas came to, for `jmeta train PRESET --genotype FILE`.
+
+    Args:
+      run: folder of a run.
+      out: JSON file to write; a new one in the run's folder if not given.
+
+    Returns:
+      The file.
+
+    Raises:
+      ValueError: the run is of another method.
+      FileExistsError: `out` exists.
+    """
+    config, _, theta = _read(run)
+    if config.method != "metanas":
+        raise ValueError(f"derive: {run} is of method {config.method}, which has no architecture to derive; metanas has.")
+    found = genotype(theta.params)
+    path = Path(out) if out else checkpoint.fresh(Path(run), "genotype", "json")
+    save_genotype(path, found)
+    derived = dataclasses.replace(config, method="reptile", genotype=path.read_text())
+    sizes = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (theta.params["w"], _shapes(derived))]
+    for kind, nodes in found._asdict().items():
+        for number, choices in enumerate(nodes):
+            print(f"{kind} node {number}: {', '.join(f'{op} of input {source}' for op, source in choices)}")
+    print(f"{sizes[1]:,} parameters at the width of the supernet, which has {sizes[0]:,}")
+    return path
+
+
+def _shapes(config: Config) -> Any:
+    """The shapes of a network's parameters."""
+    return jax.eval_shape(presets.make_model(config).init, jax.random.key(0))
+
+
+def plot(run: Annotated[str, tyro.conf.Positional], *, routing: bool = False, cells: bool = False) -> list[Path]:
     """Draws the learning curve, the score against inner steps, and one test episode with its predictions.
 
     Args:
       run: folder of a run.
       routing: draw instead which channels the test tasks of each alphabet choose, and how far they agree; for a run of nrml.
+      cells: draw instead the cells of the meta-learned architecture and of two test tasks, and the alphas over meta-training; for
+        a run of metanas.
 
     Returns:
-      The files in the run's folder, PNG but for `routing.json`; they are written anew.
+      The files in the run's folder, PNG but for `routing.json` and `cells.json`; they are written anew.
     """
     from jmeta import plot as draw
 
@@ -498,6 +536,8 @@ def plot(run: Annotated[str, tyro.conf.Positional], *, routing: bool = False) ->
     config, learner, theta = _read(run)
     if routing:
         return _plot_routing(config, learner, theta, folder)
+    if cells:
+        return _plot_cells(config, learner, theta, folder)
     paths = [folder / "learning_curve.png"]
     draw.learning_curve(folder / "metrics.jsonl", paths[0])
     if (folder / "result.json").is_file():
@@ -519,6 +559,23 @@ def _plot_routing(config: Config, learner: MetaLearner, theta: Theta, folder: Pa
     checkpoint.write_json(paths[0], {**found.figures(), "ways": ways, "norm": _norm(config), "versions": checkpoint.versions()})
     found.plot(paths[1])
     print(f"{found} [norm: {_norm(config)}]")
+    return paths
+
+
+def _plot_cells(config: Config, learner: MetaLearner, theta: Theta, folder: Path) -> list[Path]:
+    from jmeta import plot as draw
+
+    if config.method != "metanas":
+        raise ValueError(f"plot: {folder} is of method {config.method}, which has no cells to draw; --cells is for metanas.")
+    tasks, found = presets.make_problem(config).test, {"meta-model": genotype(theta.params)}
+    for number, key in enumerate(jax.random.split(jax.random.fold_in(jax.random.key(config.seed), EPISODE_KEY)), 1):
+        key_task, key_learn = jax.random.split(key)
+        support = tasks.sample(key_task, tasks.data).support
+        found[f"task {number}"] = genotype(jax.jit(learner.adapt)(key_learn, theta, support).params)
+    paths = [folder / "cells.json", folder / "cells.png", folder / "alphas.png"]
+    checkpoint.write_json(paths[0], {name: own._asdict() for name, own in found.items()})
+    draw.cells({name: own._asdict() for name, own in found.items()}, paths[1])
+    draw.shares(folder / "metrics.jsonl", paths[2])
     return paths
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a run: its learning curve, its score against inner steps, and one episode with its predictions."""
+"""Pictures of runs: learning curves, scores against inner steps, episodes, fronts, channels and cells."""
 
 import json
 from collections.abc import Sequence
@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 from scipy.special import stdtrit
+
+from jmeta.architecture import PRIMITIVES
 
 
 def _figure(width: float, height: float, **panels: Any) -> tuple[Any, Any]:
@@ -151,6 +153,66 @@ def routing(groups: Sequence[str], often: np.ndarray, sizes: dict[str, int], ove
     right.set_yticks(range(len(groups)), groups, fontsize=7)
     right.set_title("channels in common; on the diagonal other classes of one group", fontsize=9)
     figure.colorbar(shown, ax=right)
+    figure.savefig(path, dpi=120)
+
+
+def cells(genotypes: dict[str, dict[str, Sequence]], path: Path) -> None:
+    """Draws the cells of architectures as graphs, those of one beside each other.
+
+    Args:
+      genotypes: for each name `{"normal": nodes, "reduce": nodes}`, a node being a list of `(operation, input)`.
+      path: the PNG to write.
+    """
+    figure, panels = _figure(14, 4 * len(genotypes), nrows=len(genotypes), ncols=2, squeeze=False)
+    for row, (name, kinds) in zip(panels, genotypes.items(), strict=True):
+        for axes, (kind, nodes) in zip(row, kinds.items(), strict=True):
+            _cell(axes, nodes)
+            axes.set_title(f"{name}, {kind} cell", fontsize=9)
+    figure.savefig(path, dpi=120)
+
+
+def _cell(axes: Any, nodes: Sequence[Sequence[tuple[str, int]]]) -> None:
+    """One cell, from the two before it on the left to its output on the right."""
+    places = [(0.0, 1.2), (0.0, -1.2), *((number + 1.0, 0.0) for number in range(len(nodes) + 1))]
+    names = ["k-2", "k-1", *map(str, range(len(nodes))), "k"]
+    for number, choices in enumerate(nodes, 2):
+        for operation, source in choices:
+            bend = {0: -0.2, 1: 0.2}.get(source, -0.5 if number - source > 1 else 0.0)
+            _arrow(axes, places[source], places[number], bend, f"C{PRIMITIVES.index(operation)}", operation)
+        _arrow(axes, places[number], places[-1], 0.5 if number < len(nodes) + 1 else 0.0, "0.7", "")
+    for (x, y), name in zip(places, names, strict=True):
+        axes.text(x, y, name, ha="center", va="center", fontsize=9, bbox={"boxstyle": "round", "fc": "white"})
+    axes.set(xlim=(-0.4, len(nodes) + 1.4), ylim=(-1.6, 1.6), aspect="equal")
+    axes.axis("off")
+
+
+def _arrow(axes: Any, start: tuple[float, float], end: tuple[float, float], bend: float, colour: str, label: str) -> None:
+    """A bent arrow, whose label stands where it is half way."""
+    style = {"arrowstyle": "->", "color": colour, "shrinkA": 12, "shrinkB": 12, "connectionstyle": f"arc3,rad={bend}"}
+    axes.annotate("", xy=end, xytext=start, arrowprops=style)
+    (x, y), (to_x, to_y) = start, end
+    place = (x + to_x + bend * (to_y - y)) / 2, (y + to_y - bend * (to_x - x)) / 2
+    axes.text(*place, label, fontsize=7, ha="center", va="center", color=colour, bbox={"fc": "white", "ec": "none", "pad": 1})
+
+
+def shares(metrics: Path, path: Path) -> None:
+    """Draws what each operation weighs in each kind of cell over meta-training.
+
+    Args:
+      metrics: a run's `metrics.jsonl`, with columns such as "normal/conv_3x3".
+      path: the PNG to write.
+    """
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    columns = [name for name in rows[0] if "/" in name]
+    kinds = list(dict.fromkeys(name.split("/")[0] for name in columns))
+    figure, panels = _figure(12, 4, ncols=max(1, len(kinds)), squeeze=False)
+    for axes, kind in zip(panels[0], kinds, strict=False):
+        for name in columns:
+            if name.startswith(f"{kind}/"):
+                axes.plot([row["step"] for row in rows], [row[name] for row in rows], label=name.split("/")[1])
+        axes.set(xlabel="meta-steps", ylabel="weight, mean over edges", title=f"{kind} cells")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
     figure.savefig(path, dpi=120)
 
 

@@ -24,7 +24,7 @@ def test_an_unknown_preset_is_answered_with_the_nearest():
 def test_every_preset_makes_a_learner_and_survives_json(name):
     config = presets.preset(name)
     theta = jax.eval_shape(presets.make_learner(config).init, jax.random.key(0))
-    head = theta.params["head"]["bias"].shape
+    head = theta.params.get("w", theta.params)["head"]["bias"].shape
     assert head == ((1,) if config.dataset == "sinusoid" else (config.ways,))
     assert presets.from_dict(json.loads(json.dumps(dataclasses.asdict(config))), "here") == config
 

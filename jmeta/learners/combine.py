@@ -19,7 +19,7 @@ def switch(*learners: MetaLearner, at: tuple[int, ...]) -> MetaLearner:
       at: the meta-step from which the next one trains, one number for each but the first, in rising order.
 
     Returns:
-      A meta-learner that adapts and predicts as the last one does. Where tasks are vmapped, a meta-step still runs one of them alone.
+      A meta-learner that adapts and predicts as the last one does. A meta-step runs one of them alone, even if tasks are vmapped.
 
     Raises:
       ValueError: the numbers do not fit; or, when they are first traced, the learners' thetas differ.

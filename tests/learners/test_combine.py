@@ -57,9 +57,9 @@ def test_learners_that_do_not_fit_are_refused(key):
     first, second = _two()
     with pytest.raises(ValueError, match="switch: at must name a meta-step for each learner but the first"):
         jm.switch(first, second, at=())
-    other = jm.maml(toys.net(), jm.xent, jm.learned_rates(0.1), jm.repeat(1))
-    with pytest.raises(ValueError, match="switch: the learners must have one theta"):
-        _fit(key, jm.switch(first, other, at=(1,)), 2, theta=other.init(key))
+    other = jm.watched(second, lambda theta: {"mean": jnp.mean(theta.params["head"]["kernel"])})
+    with pytest.raises(ValueError, match="switch: the learners must have one theta, gradient and info"):
+        _fit(key, jm.switch(first, other, at=(1,)), 2)
 
 
 def test_what_is_watched_is_logged(key):
