@@ -201,21 +201,31 @@ def sparse_size(params: Params, *, temperature: float, threshold: float, space: 
     Returns:
       A count, without the alphas.
     """
-    alpha, weights = params["alpha"], params["w"]
-    nodes = len(alpha["normal"])
+    mixed = mixture(params["alpha"], temperature, threshold)
+    total = jnp.array(sum(leaf.size for leaf in jax.tree.leaves(params["w"])))
+    for kind, sizes in operation_sizes(params, space=space).items():
+        total = total - (sizes * (_dense(mixed[kind]) == 0)).sum()
+    return total
+
+
+def operation_sizes(params: Params, *, space: Space | None = None) -> dict[str, np.ndarray]:
+    """How many weights each operation has, of all cells of a kind: `{kind: [nodes, inputs, operations]}`, 0 where there are none.
+
+    Args:
+      params: of a supernet.
+      space: of the supernet, if some of its operations were pruned for good.
+    """
+    nodes = len(params["alpha"]["normal"])
     edges = _edges(space or full_space(nodes), nodes)
-    total = jnp.array(sum(leaf.size for leaf in jax.tree.leaves(weights)))
-    mixed = mixture(alpha, temperature, threshold)
-    for cell in weights.values():
+    sizes = {kind: np.zeros((nodes, nodes + 1, len(PRIMITIVES)), np.int32) for kind in KINDS}
+    for cell in params["w"].values():
         for kind in set(KINDS) & set(cell):
             for op, own in cell[kind].items():
                 mine = stacked(edges[kind], op)
-                size = sum(leaf.size for leaf in jax.tree.leaves(own)) // len(mine)
+                each = sum(leaf.size for leaf in jax.tree.leaves(own)) // len(mine)
                 for edge in mine:
-                    node = mixed[kind][f"node{edge.node}"]
-                    used = (node["ops"][edge.source, PRIMITIVES.index(op)] > 0) & (node["inputs"][edge.source] > 0)
-                    total = total - size * ~used
-    return total
+                    sizes[kind][edge.node, edge.source, PRIMITIVES.index(op)] += each
+    return sizes
 
 
 def _check(
