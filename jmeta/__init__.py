@@ -36,10 +36,14 @@ from jmeta.learners.asb import asb as asb
 from jmeta.learners.asb import oml as oml
 from jmeta.learners.combine import switch as switch
 from jmeta.learners.combine import watched as watched
+from jmeta.learners.imaml import imaml as imaml
 from jmeta.learners.maml import anil as anil
 from jmeta.learners.maml import boil as boil
 from jmeta.learners.maml import maml as maml
 from jmeta.learners.maml import meta_sgd as meta_sgd
+from jmeta.learners.metric import matching as matching
+from jmeta.learners.metric import protonet as protonet
+from jmeta.learners.metric import ridge as ridge
 from jmeta.learners.reptile import reptile as reptile
 from jmeta.learners.supervised import supervised as supervised
 from jmeta.losses import accuracy as accuracy
@@ -79,6 +83,7 @@ from jmeta.rules.route import route as route
 from jmeta.rules.scale import lambda_mask as lambda_mask
 from jmeta.rules.scale import learned_rates as learned_rates
 from jmeta.rules.scale import only as only
+from jmeta.rules.scale import proximal as proximal
 from jmeta.rules.scale import sparse as sparse
 from jmeta.rules.slimming import Pruned as Pruned
 from jmeta.rules.slimming import prune as prune

@@ -41,6 +41,11 @@ def net(ways=3, size=6):
     return jm.mlp(ways, hidden=(8, 8), shape=(size,))
 
 
+def features(size=6):
+    """An embedding into four features."""
+    return jm.mlp(4, hidden=(8,), shape=(size,))
+
+
 def normed(ways=3, size=6, norm="layer"):
     """The same with a normalisation that has scales."""
     return jm.mlp(ways, hidden=(8, 8), shape=(size,), norm=norm)

@@ -31,7 +31,7 @@ class _Block(nn.Module):
 
 
 class _Conv4(nn.Module):
-    ways: int
+    ways: int | None
     filters: tuple[int, ...]
     norm: Norm
     pool: bool
@@ -41,7 +41,7 @@ class _Conv4(nn.Module):
         for number, features in enumerate(self.filters, 1):
             x = _Block(features, self.norm, self.pool, name=f"block{number}")(x)
         x = x.reshape(x.shape[0], -1) if self.pool else x.mean((1, 2))
-        return nn.Dense(self.ways, name="head")(x)
+        return x if self.ways is None else nn.Dense(self.ways, name="head")(x)
 
 
 class Unpadded(nn.Module):
@@ -176,7 +176,7 @@ def mlp(outputs: int, *, hidden: tuple[int, ...] = (40, 40), shape: tuple[int, .
 
 @memoise
 def conv4(
-    ways: int,
+    ways: int | None,
     *,
     filters: int | tuple[int, ...] = 64,
     pool: bool = False,
@@ -186,7 +186,7 @@ def conv4(
     """Four blocks of convolution, normalisation and ReLU, and a linear head.
 
     Args:
-      ways: classes of an episode.
+      ways: classes of an episode; None for no head, features `[N, D]` alone, for learners that compare.
       filters: channels of each block, or of the four; the papers use 64 for Omniglot and 32 for mini-ImageNet.
       pool: False halves the size by stride 2 and averages the last map (Omniglot); True max-pools and flattens it (mini-ImageNet).
       shape: height, width and channels of an image.
@@ -206,10 +206,10 @@ def conv4(
     each = (filters,) * 4 if isinstance(filters, int) else tuple(filters)
     if len(each) != 4:
         raise ValueError(f"conv4: filters must be a number or one for each of the four blocks, got {filters}.")
-    check("conv4", {"ways": ways, "filters": min(each)}, norm, shape, 3)
+    check("conv4", {"ways": 1 if ways is None else ways, "filters": min(each)}, norm, shape, 3)
     if pool and min(shape[:2]) < 16:
         raise ValueError(f"conv4: shape {shape} is pooled away by four halvings; images need at least 16 pixels a side.")
-    names = ("block1", "block2", "block3", "block4", "head")
+    names = ("block1", "block2", "block3", "block4", *(() if ways is None else ("head",)))
     return build(_Conv4(ways, each, norm, pool), shape, names, norm)
 
 

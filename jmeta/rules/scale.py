@@ -4,6 +4,7 @@
     lambda_mask     params_l <- params_l - rate * pattern[step][l] * gradient_l, by layer and step
     learned_rates   params <- params - rate * gradient, rate a meta-parameter
     sparse          params <- params - rate * 1[alpha >= 0] * gradient, alpha a meta-parameter of each parameter
+    proximal        gradient <- gradient + strength * (params - start)
 
 References:
   Khabarlak, Faster Optimization-Based Meta-Learning Adaptation Phase, 2022 (https://arxiv.org/abs/2206.05930): lambda patterns.
@@ -11,6 +12,8 @@ References:
   Antoniou, Edwards, Storkey, How to train your MAML, ICLR 2019 (https://arxiv.org/abs/1810.09502): rates per layer and step.
   von Oswald et al., Learning where to learn: Gradient sparsity in meta and continual learning, NeurIPS 2021
   (https://arxiv.org/abs/2110.14402): sparse-MAML, `sparse`.
+  Rajeswaran, Finn, Kakade, Levine, Meta-Learning with Implicit Gradients, NeurIPS 2019 (https://arxiv.org/abs/1909.04630):
+  `proximal`.
 
 Differs from the papers in: `sparse` starts with every parameter adapted, where the paper draws alpha at random.
 """
@@ -325,3 +328,22 @@ def sparse(start: float = 0.01) -> Rule:
         return jax.tree.map(mask, context["hyper"], updates), state
 
     return Rule("sparse", init, update=optax.GradientTransformationExtraArgs(optax.init_empty_state, update))
+
+
+@memoise
+def proximal(strength: float) -> Rule:
+    """Pulls parameters back to where the task began: adds `strength * (params - start)` to gradients. Chain it before an optimiser.
+
+    Args:
+      strength: of the term `strength / 2 |params - start|^2` that this adds to the loss, as iMAML does.
+
+    Raises:
+      ValueError: strength is below 0.
+    """
+    if strength < 0:
+        raise ValueError(f"proximal: strength must be at least 0, got {strength}.")
+
+    def update(updates: Any, state: Any, params: Any = None, **context: Any):
+        return jax.tree.map(lambda g, p, start: g + strength * (p - start), updates, params, state), state
+
+    return Rule("proximal", update=optax.GradientTransformationExtraArgs(lambda params: params, update))
