@@ -34,6 +34,8 @@ from jmeta.evaluate.transfer import transfer as transfer
 from jmeta.learners.asb import anml as anml
 from jmeta.learners.asb import asb as asb
 from jmeta.learners.asb import oml as oml
+from jmeta.learners.cavia import cavia as cavia
+from jmeta.learners.cavia import with_context as with_context
 from jmeta.learners.combine import switch as switch
 from jmeta.learners.combine import watched as watched
 from jmeta.learners.imaml import imaml as imaml
@@ -41,10 +43,14 @@ from jmeta.learners.maml import anil as anil
 from jmeta.learners.maml import boil as boil
 from jmeta.learners.maml import maml as maml
 from jmeta.learners.maml import meta_sgd as meta_sgd
+from jmeta.learners.maml_plus_plus import maml_plus_plus as maml_plus_plus
+from jmeta.learners.maml_plus_plus import step_norms as step_norms
+from jmeta.learners.maml_plus_plus import step_weights as step_weights
 from jmeta.learners.metric import matching as matching
 from jmeta.learners.metric import protonet as protonet
 from jmeta.learners.metric import ridge as ridge
 from jmeta.learners.reptile import reptile as reptile
+from jmeta.learners.snail import snail as snail
 from jmeta.learners.supervised import supervised as supervised
 from jmeta.losses import accuracy as accuracy
 from jmeta.losses import mse as mse
@@ -59,6 +65,7 @@ from jmeta.models.backbones import conv3 as conv3
 from jmeta.models.backbones import conv4 as conv4
 from jmeta.models.backbones import mlp as mlp
 from jmeta.models.backbones import resnet12 as resnet12
+from jmeta.models.snail import snail_net as snail_net
 from jmeta.models.supernet import derive as derive
 from jmeta.models.supernet import discretise as discretise
 from jmeta.models.supernet import promising as promising

@@ -53,11 +53,16 @@ def test_quadratic_gives_the_closed_form(key, order, expected):
     assert base is theta
 
 
-COMPARING = {
+OTHERS = {
     "protonet": lambda: jm.protonet(toys.features(), ways=3),
     "protonet, cosine": lambda: jm.protonet(toys.features(), ways=3, distance="cosine"),
     "matching": lambda: jm.matching(toys.features(), ways=3),
     "ridge": lambda: jm.ridge(toys.features(), ways=3),
+    "cavia": lambda: jm.cavia(
+        jm.with_context(lambda shape: jm.mlp(3, hidden=(8,), shape=shape), (6,), 4), jm.xent, optax.sgd(0.1), jm.repeat(2)
+    ),
+    "maml++": lambda: jm.maml_plus_plus(toys.normed(), jm.xent, jm.repeat(2), first_order=1),
+    "snail": lambda: jm.snail(jm.snail_net(toys.features(), 3, features=4, most_shots=2, attention=((4, 4), (4, 4)), filters=4)),
 }
 EVERYTHING = jm.chain(toys.noisy(), toys.shrinking(), toys.alternating(), jm.learned_rates(0.1), optax.clip(1.0))
 ROUTES = {
@@ -72,7 +77,7 @@ CASES = [
     ),
     *((f"maml with {name}", LEARNERS["maml"](make())) for name, make in RULES.items()),
     *((f"{name} with everything", make(EVERYTHING)) for name, make in LEARNERS.items()),
-    *((name, make()) for name, make in COMPARING.items()),
+    *((name, make()) for name, make in OTHERS.items()),
 ]
 
 
