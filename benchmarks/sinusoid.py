@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jmeta import checkpoint, commands, presets, runs
+from jmeta import builders, checkpoint, commands, presets, runs
 
 LARGEST = 5.0  # amplitude
 OUT = Path(__file__).parent / "results" / "sinusoid.json"
@@ -47,7 +47,7 @@ def measure(name: str, seed: int, steps: int, episodes: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         done = commands.train(config, Path(folder) / "run", name=name)
         learner, theta, _ = runs.load(done)
-    problem = presets.make_problem(dataclasses.replace(config, shots=5, queries=5, test_queries=5))
+    problem = builders.make_problem(dataclasses.replace(config, shots=5, queries=5, test_queries=5))
 
     @jax.jit
     @jax.vmap

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from jmeta import checkpoint, commands, commands_pretrain, presets, pretrain
+from jmeta import checkpoint, commands, commands_compare, commands_pretrain, presets, pretrain
 from jmeta.autotune import use_cache
 from jmeta.mesh import use_cores
 
@@ -22,6 +22,7 @@ USAGE = """usage: jmeta COMMAND ...
   data NAME                        render glyphs or fetch omniglot, and show what is there
   plot RUN [--routing] [--cells]   draw learning curve, inner steps and an episode; or the channels that tasks choose, or cells
   derive RUN                       write the architecture that a run of metanas came to, for train PRESET --genotype FILE
+  compare --learners A B ... --out DIR   train learners in turn on the same tasks: one table, one picture
   compare RESULT ... --out FILE    draw continual results, accuracy against classes learned, in one picture
   bench [speed|growth|overhead|frozen]   time jmeta and peers; how cost grows; what is beside it; what frozen layers save
 
@@ -104,6 +105,8 @@ def main() -> None:
             use_cache()
             is_protocol = command == "eval" and any(arg.startswith("--protocol") for arg in rest)
             function = commands_pretrain.evaluate if is_protocol else shown[command]
+            if command == "compare" and any(arg.startswith("--learners") for arg in rest):
+                function = commands_compare.compare
             print(tyro.cli(function, prog=f"jmeta {command}", args=rest))
         elif command in silent:
             tyro.cli(silent[command], prog=f"jmeta {command}", args=rest)

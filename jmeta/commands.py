@@ -16,7 +16,7 @@ import numpy as np
 import tyro
 from jax.sharding import Mesh
 
-from jmeta import checkpoint, presets, pretrain, runs
+from jmeta import builders, checkpoint, presets, pretrain, runs
 from jmeta.architecture import genotype, save_genotype
 from jmeta.autotune import tune
 from jmeta.core import LONGEST_UNROLL, Batch, MetaLearner, Theta, default_chunk
@@ -59,9 +59,9 @@ def train(
     """
     folder = Path(workdir) if workdir else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     checkpoint.check_workdir(folder, resume)
-    config = presets.with_genotype(config)
-    mesh = _mesh(config, _kept_devices(folder) if devices is None else devices)
-    problem = presets.make_problem(config)
+    config = builders.with_genotype(config)
+    mesh = mesh_of(config, _kept_devices(folder) if devices is None else devices)
+    problem = builders.make_problem(config)
     if (folder / "run.json").is_file():
         config, chunk = _as_begun(config, folder), config.chunk
     else:
@@ -89,7 +89,8 @@ def _kept_devices(folder: Path) -> int | None:
     return checkpoint.read_run(folder).get("devices", 1) if (folder / "run.json").is_file() else None
 
 
-def _mesh(config: Config, devices: int | None) -> Mesh | None:
+def mesh_of(config: Config, devices: int | None) -> Mesh | None:
+    """The devices of a run: so many, or as many as can take equal shares of its meta-batch."""
     chunk = config.chunk or 1
     if chunk < 1 or config.batch % chunk:
         raise ValueError(f"train: batch must be divisible by chunk, got batch {config.batch} and chunk {config.chunk}.")
@@ -113,14 +114,14 @@ def _tuned(config: Config, problem: Problem, mesh: Mesh | None) -> tuple[Config,
     """
     if config.chunk is not None and config.unroll is not None:
         return config, config.chunk
-    params = jax.eval_shape(presets.make_learner(config).init, jax.random.key(0)).params
+    params = jax.eval_shape(builders.make_learner(config).init, jax.random.key(0)).params
     if _work(config, params) < TUNED_FROM:
         print(f"{_untuned(config, params, mesh)} (default: a run this short is not tuned)", flush=True)
         return config, config.chunk
     print("measuring chunk and unroll ...", flush=True)
     choice = tune(
         jax.random.key(config.seed),
-        lambda unroll: presets.make_learner(dataclasses.replace(config, unroll=unroll)),
+        lambda unroll: builders.make_learner(dataclasses.replace(config, unroll=unroll)),
         problem.train,
         config.batch,
         mesh=mesh,
@@ -146,13 +147,13 @@ def _untuned(config: Config, params: Any, mesh: Mesh | None) -> str:
 def _fit(config: Config, problem: Problem, folder: Path, resume: bool, mesh: Mesh | None, chunk: int | None) -> Fit:
     validate = None
     if problem.valid is not None:
-        tested = presets.make_learner(config, config.test_steps)
+        tested = builders.make_learner(config, config.test_steps)
         validate = Validation(tested, problem.valid, config.validate_episodes, config.validate_every)
     return fit(
         jax.random.key(config.seed),
-        presets.make_learner(config),
+        builders.make_learner(config),
         problem.train,
-        presets.make_outer(config),
+        builders.make_outer(config),
         config.steps,
         config.batch,
         validate=validate,
@@ -168,7 +169,7 @@ def _fit(config: Config, problem: Problem, folder: Path, resume: bool, mesh: Mes
 
 def _test(config: Config, problem: Problem, theta: Theta, tasks: Any, episodes: int, seed: int, mesh: Mesh | None = None) -> Score:
     key = jax.random.fold_in(jax.random.key(seed), TEST_KEY)
-    learner = presets.make_learner(config, config.test_steps)
+    learner = builders.make_learner(config, config.test_steps)
     return fewshot(key, learner, theta, tasks, episodes, metric=problem.metric, mesh=mesh)
 
 
@@ -226,7 +227,7 @@ def evaluate(
     config, _, theta = _read(run)
     config = _with_pattern(dataclasses.replace(config, shots=config.shots if shots is None else shots), pattern)
     config = config if steps is None else dataclasses.replace(config, test_steps=steps)
-    problem = presets.make_problem(config)
+    problem = builders.make_problem(config)
     tasks = getattr(problem, split)
     if tasks is None:
         raise ValueError(f"eval: the data of {run} has no validation classes (or the run used none).")
@@ -245,7 +246,7 @@ def _with_pattern(config: Config, given: str | None) -> Config:
     """
     if given is None:
         return config
-    config, layers = presets.maskable(config), presets.make_model(config).layers
+    config, layers = builders.maskable(config), builders.make_model(config).layers
     if not given.endswith(".json") and not Path(given).is_file():
         return dataclasses.replace(config, pattern=str(patterns.pattern(layers, given)))
     found = patterns.load_pattern(given)
@@ -289,16 +290,16 @@ def search(
     """
     config, _, theta = _read(run)
     steps, mesh = config.test_steps if steps is None else steps, task_mesh(devices)
-    problem = presets.make_problem(config)
+    problem = builders.make_problem(config)
     if problem.valid is None:
         raise ValueError(
             f"search: the data of {run} has no validation classes (or the run used none), and test classes must not choose."
         )
-    model = presets.make_model(config)
+    model = builders.make_model(config)
     own = {"anil": "head", "boil": "body"}.get(config.method, config.pattern)
     found = find(
         jax.random.fold_in(jax.random.key(seed), SEARCH_KEY),
-        functools.partial(presets.make_masked, presets.maskable(config), steps),
+        functools.partial(builders.make_masked, builders.maskable(config), steps),
         theta,
         patterns.patterns(model, steps),
         problem.valid,
@@ -355,7 +356,7 @@ def adapt(
     config, learner, theta = _read(run)
     if pattern is not None:
         config = _with_pattern(config, pattern)
-        learner = presets.make_learner(config, config.test_steps)
+        learner = builders.make_learner(config, config.test_steps)
     if out is not None and Path(out).exists():
         raise FileExistsError(f"adapt: out is {out}, which exists already; give another name.")
     if config.dataset == "sinusoid":
@@ -458,7 +459,7 @@ def data(
       split: of Omniglot's classes.
       seed: of the split.
     """
-    splits = presets.make_splits(Config(dataset=name, source=source, split=split, seed=seed))
+    splits = builders.make_splits(Config(dataset=name, source=source, split=split, seed=seed))
     assert splits is not None
     for part, images in zip(splits._fields, splits, strict=True):
         if images is not None:
@@ -515,7 +516,7 @@ def derive(run: Annotated[str, tyro.conf.Positional], *, out: str | None = None)
 
 def _shapes(config: Config) -> Any:
     """The shapes of a network's parameters."""
-    return jax.eval_shape(presets.make_model(config).init, jax.random.key(0))
+    return jax.eval_shape(builders.make_model(config).init, jax.random.key(0))
 
 
 def plot(run: Annotated[str, tyro.conf.Positional], *, routing: bool = False, cells: bool = False) -> list[Path]:
@@ -550,7 +551,7 @@ def plot(run: Annotated[str, tyro.conf.Positional], *, routing: bool = False, ce
 
 
 def _plot_routing(config: Config, learner: MetaLearner, theta: Theta, folder: Path) -> list[Path]:
-    splits = presets.make_splits(config) if config.method == "nrml" else None
+    splits = builders.make_splits(config) if config.method == "nrml" else None
     if splits is None:
         raise ValueError(f"plot: {folder} is of method {config.method}, which chooses no channels; --routing is for nrml.")
     key, ways = jax.random.fold_in(jax.random.key(config.seed), ROUTING_KEY), min(config.ways, ROUTED_WAYS)
@@ -567,7 +568,7 @@ def _plot_cells(config: Config, learner: MetaLearner, theta: Theta, folder: Path
 
     if config.method != "metanas":
         raise ValueError(f"plot: {folder} is of method {config.method}, which has no cells to draw; --cells is for metanas.")
-    tasks, found = presets.make_problem(config).test, {"meta-model": genotype(theta.params)}
+    tasks, found = builders.make_problem(config).test, {"meta-model": genotype(theta.params)}
     for number, key in enumerate(jax.random.split(jax.random.fold_in(jax.random.key(config.seed), EPISODE_KEY)), 1):
         key_task, key_learn = jax.random.split(key)
         support = tasks.sample(key_task, tasks.data).support
@@ -583,7 +584,7 @@ def _draw_episode(config: Config, learner: MetaLearner, theta: Theta, path: Path
     from jmeta import plot as draw
 
     key_task, key_learn = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), EPISODE_KEY))
-    tasks = presets.make_problem(config).test
+    tasks = builders.make_problem(config).test
     task = tasks.sample(key_task, tasks.data)
     phi = jax.jit(learner.adapt)(key_learn, theta, task.support)
     guesses = np.asarray(jax.jit(learner.predict)(phi, task.query.x)).argmax(-1)

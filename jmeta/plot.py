@@ -216,6 +216,28 @@ def shares(metrics: Path, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def compared(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draws the accuracy of learners against the time in which they adapt to a task, with 95 % intervals.
+
+    Args:
+      rows: of `jmeta compare --learners`.
+      path: the PNG to write.
+    """
+    figure, axes = _figure(7, 5)
+    for number, name in enumerate(dict.fromkeys(row["learner"] for row in rows)):
+        mine = [row for row in rows if row["learner"] == name]
+        columns = (
+            [factor * row[field] for row in mine]
+            for field, factor in (("adaptation_seconds", 1e3), ("mean", 100), ("interval95", 100))
+        )
+        time, mean, half = columns
+        axes.errorbar(time, mean, half, fmt="o", color=f"C{number % 10}", label=name)
+    axes.set(xscale="log", xlabel="milliseconds to adapt to one task", ylabel="accuracy on unseen classes, %")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
 def by_classes(curves: dict[str, tuple[Sequence[int], np.ndarray]], path: Path) -> None:
     """Draws the accuracy on the classes seen so far against their number, with 95 % bands over draws.
 

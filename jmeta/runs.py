@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from jmeta import checkpoint, presets, pretrain
+from jmeta import builders, checkpoint, presets, pretrain
 from jmeta.core import MetaLearner, Theta
 
 
@@ -47,7 +47,7 @@ def load(run: str | Path, learner: MetaLearner | None = None) -> tuple[MetaLearn
         return learner, theta, tuple(described["labels"])
     if learner is None:
         config = presets.from_dict(described["config"], run)
-        learner = presets.make_learner(config, config.test_steps)
+        learner = builders.make_learner(config, config.test_steps)
     like = jax.eval_shape(learner.init, jax.random.key(0))
     theta = checkpoint.read_theta(Path(run).absolute(), like)
     return learner, jax.tree.map(jax.numpy.asarray, theta), tuple(described["labels"])

@@ -17,7 +17,7 @@ import pytest
 
 import jmeta as jm
 from jmeta import autotune as tune
-from jmeta import checkpoint, commands, presets
+from jmeta import builders, checkpoint, commands, presets
 from jmeta.train import batch_gradient
 from tests import toys
 
@@ -236,7 +236,7 @@ def test_what_is_given_is_not_tuned(monkeypatch):
     monkeypatch.setattr(commands, "TUNED_FROM", 1)
     seen = []
     monkeypatch.setattr(commands, "tune", lambda *_, **options: seen.append(options) or jm.Choice(2, False, {}, "measured"))
-    problem = presets.make_problem(CONFIG)
+    problem = builders.make_problem(CONFIG)
     given = dataclasses.replace(CONFIG, chunk=2, unroll=True)
     assert commands._tuned(given, problem, None) == (given, 2) and not seen
     commands._tuned(dataclasses.replace(CONFIG, chunk=2), problem, None)
@@ -245,7 +245,7 @@ def test_what_is_given_is_not_tuned(monkeypatch):
 
 def test_runs_of_minutes_and_less_are_not_tuned():
     def is_long(config):
-        params = jax.eval_shape(presets.make_learner(config).init, jax.random.key(0)).params
+        params = jax.eval_shape(builders.make_learner(config).init, jax.random.key(0)).params
         return commands._work(config, params) >= commands.TUNED_FROM
 
     long = {name for name, config in presets.PRESETS.items() if is_long(config)}

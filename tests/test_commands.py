@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jmeta as jm
-from jmeta import commands, presets
+from jmeta import builders, commands, presets
 
 SMALL = dataclasses.replace(
     presets.preset("metanas-glyphs-5w1s"),
@@ -61,14 +61,14 @@ def test_its_cells_are_drawn_and_its_architecture_is_kept(run, capsys):
     path = commands.derive(str(run))
     assert jm.load_genotype(path) == jm.genotype(jm.load(run)[1].params)
     assert "parameters at the width of the supernet" in capsys.readouterr().out
-    config = presets.with_genotype(dataclasses.replace(SMALL, method="fomaml", genotype=str(path)))
+    config = builders.with_genotype(dataclasses.replace(SMALL, method="fomaml", genotype=str(path)))
     path.unlink()
-    theta = jax.eval_shape(presets.make_learner(config).init, jax.random.key(0))
+    theta = jax.eval_shape(builders.make_learner(config).init, jax.random.key(0))
     assert set(theta.params) == {"stem", "cell0", "head"}
 
 
 def test_other_runs_have_no_cells(tmp_path):
-    learner = presets.make_learner(presets.Config(filters=4))
+    learner = builders.make_learner(presets.Config(filters=4))
     jm.save(tmp_path / "run", presets.Config(filters=4), learner.init(jax.random.key(0)))
     with pytest.raises(ValueError, match=r"plot: .* is of method maml, which has no cells to draw; --cells is for metanas"):
         commands.plot(str(tmp_path / "run"), cells=True)

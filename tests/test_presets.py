@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import jmeta as jm
-from jmeta import presets, pretrain
+from jmeta import builders, presets, pretrain
 from jmeta.presets import PRESETS, Config
 from jmeta.rules.resetting import Resetting
 from jmeta.tasks.images import from_arrays, split_images
@@ -23,7 +23,7 @@ def test_an_unknown_preset_is_answered_with_the_nearest():
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_makes_a_learner_and_survives_json(name):
     config = presets.preset(name)
-    theta = jax.eval_shape(presets.make_learner(config).init, jax.random.key(0))
+    theta = jax.eval_shape(builders.make_learner(config).init, jax.random.key(0))
     head = theta.params.get("w", theta.params)["head"]["bias"].shape
     assert head == ((1,) if config.dataset == "sinusoid" else (config.ways,))
     assert presets.from_dict(json.loads(json.dumps(dataclasses.asdict(config))), "here") == config
@@ -31,7 +31,7 @@ def test_every_preset_makes_a_learner_and_survives_json(name):
 
 def test_methods_differ_where_they_should(key):
     def learner(method):
-        return presets.make_learner(Config(method=method, filters=4))
+        return builders.make_learner(Config(method=method, filters=4))
 
     assert learner("meta-sgd").init(key).hyper
     assert learner("maml") is not learner("anil")
@@ -43,15 +43,15 @@ def test_a_pattern_in_the_configuration_masks_the_inner_loop(key):
     images = jax.random.normal(key, (5, 28, 28, 1))
     support = jm.Batch(images, jax.numpy.arange(5))
     for method, moved in (("maml", {"head"}), ("meta-sgd", {"head"}), ("sparse", {"head"})):
-        learner = presets.make_learner(Config(method=method, filters=4, pattern="head"))
+        learner = builders.make_learner(Config(method=method, filters=4, pattern="head"))
         theta = learner.init(key)
         phi = learner.adapt(key, theta, support)
         same = jax.tree.map(lambda a, b: bool((a == b).all()), phi.params, theta.params)
         assert {name for name, layer in same.items() if not all(jax.tree.leaves(layer))} == moved
     with pytest.raises(ValueError, match="method anil is a pattern itself"):
-        presets.make_learner(Config(method="anil", filters=4, pattern="head"))
+        builders.make_learner(Config(method="anil", filters=4, pattern="head"))
     with pytest.raises(ValueError, match="'tail' is neither a layer"):
-        presets.make_learner(Config(filters=4, pattern="tail"))
+        builders.make_learner(Config(filters=4, pattern="tail"))
 
 
 def test_precision_and_unroll_reach_the_learner(key):
@@ -60,7 +60,7 @@ def test_precision_and_unroll_reach_the_learner(key):
     task = jm.Task(*[jm.Batch(images, jax.numpy.arange(5))] * 2)
 
     def program(**changed):
-        learner = presets.make_learner(dataclasses.replace(config, **changed))
+        learner = builders.make_learner(dataclasses.replace(config, **changed))
         return str(jax.make_jaxpr(lambda theta: learner.grad(key, theta, task, meta_step=0))(learner.init(key)))
 
     assert "scan[" not in program() and "scan[" in program(unroll=False)
@@ -69,14 +69,14 @@ def test_precision_and_unroll_reach_the_learner(key):
 
 def test_omniglot_presets_draw_from_the_real_data(omniglot_npz):
     config = dataclasses.replace(presets.preset("maml-omniglot-20w1s"), source=str(omniglot_npz))
-    problem = presets.make_problem(config)
+    problem = builders.make_problem(config)
     assert len(problem.labels) == 4400 and problem.valid is not None
     task = problem.test.sample(jax.random.key(0), problem.test.data)
     assert task.support.x.shape == (20, 28, 28, 1) and task.query.x.shape == (300, 28, 28, 1)
     ink = float((task.query.x > 0.5).mean())
     assert 0.01 < ink < 0.2
     with pytest.raises(ValueError, match="ways is 424"):
-        presets.make_problem(dataclasses.replace(config, ways=424))
+        builders.make_problem(dataclasses.replace(config, ways=424))
 
 
 @pytest.mark.parametrize("name", pretrain.PRESETS)

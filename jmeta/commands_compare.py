@@ -1,0 +1,153 @@
+"""`jmeta compare --learners ...`: learners trained in turn on the same tasks, and one table of them."""
+
+import dataclasses
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jmeta import builders, checkpoint, commands, plot, presets, runs
+from jmeta.core import Theta
+from jmeta.evaluate.fewshot import fewshot
+from jmeta.mesh import task_mesh
+from jmeta.presets import Config
+from jmeta.train import batch_gradient, fit
+
+PROBED = 3.0  # seconds of meta-steps from which the number that fits a budget is told
+TIMED = 21  # adaptations, of which the median counts
+
+
+def compare(
+    *,
+    learners: tuple[str, ...],
+    out: str,
+    preset: str = "omniglot-5w1s",
+    seeds: tuple[int, ...] = (0,),
+    steps: int | None = None,
+    minutes: float | None = None,
+    shift: tuple[str, ...] = (),
+    source: str | None = None,
+    split: str = "customary",
+) -> Path:
+    """Trains learners in turn, each by its preset, tests them on the same episodes, and draws up one table.
+
+    Called again with the same folder, it goes on where it stopped, also within a training.
+
+    Args:
+      learners: names such as maml, reptile, protonet; `LEARNER-PRESET` must be a preset.
+      out: folder of the runs, of `compare.json` with all figures, and of `compare.png`.
+      preset: the rest of the presets' name, such as omniglot-20w1s.
+      seeds: of the runs.
+      steps: meta-steps of each run; those of its preset if neither these nor minutes are given.
+      minutes: of training that each run gets instead, compilation left out: meta-steps are counted out beforehand.
+      shift: other data sets to test on as well, such as glyphs.
+      source: where Omniglot lies; looked up or downloaded if not given.
+      split: of Omniglot's classes, customary or background.
+
+    Returns:
+      `compare.json`.
+
+    Raises:
+      ValueError: a learner has no such preset, or both steps and minutes are given.
+    """
+    if steps is not None and minutes is not None:
+        raise ValueError("compare: give --steps or --minutes, not both.")
+    configs: dict[str, Any] = {name: presets.preset(f"{name}-{preset}") for name in learners}
+    folder, rows = Path(out), []
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, config in configs.items():
+        config = dataclasses.replace(config, source=source, split=split)
+        if steps is not None or minutes is not None:
+            config = dataclasses.replace(config, steps=steps or _affordable(name, config, 60 * (minutes or 0), folder))
+        for seed in seeds:
+            row = _one(name, dataclasses.replace(config, seed=seed), folder / f"{name}-{preset}-seed{seed}", shift)
+            rows.append(row)
+            checkpoint.write_json(folder / "compare.json", rows)
+            print(_line(row), flush=True)
+    plot.compared(rows, folder / "compare.png")
+    return folder / "compare.json"
+
+
+def _affordable(name: str, config: Config, seconds: float, folder: Path) -> int:
+    """The meta-steps that fit into so many seconds, measured once and kept."""
+    path = folder / "budget.json"
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    if name not in known:
+        problem, mesh = builders.make_problem(config), commands.mesh_of(config, None)
+        long = dataclasses.replace(config, steps=1_000_000_000)  # so that no rate falls meanwhile
+        learner, outer = builders.make_learner(long), builders.make_outer(long)
+        key, count, spent = jax.random.key(0), 1, 0.0
+        while spent < PROBED:
+            count, start = 2 * count, time.perf_counter()
+            jax.block_until_ready(fit(key, learner, problem.train, outer, count, config.batch, mesh=mesh, progress=False).last)
+            spent = time.perf_counter() - start
+        checkpoint.write_json(path, {**known, name: max(1, int(seconds / spent * count))})
+    return json.loads(path.read_text())[name]
+
+
+def _one(name: str, config: Config, folder: Path, shift: tuple[str, ...]) -> dict[str, Any]:
+    """Trains or goes on, and measures."""
+    if not (folder / "result.json").is_file():
+        commands.train(config, folder, name=name, resume=(folder / "run.json").is_file())
+    result, (learner, theta, _) = json.loads((folder / "result.json").read_text()), runs.load(folder)
+    problem = builders.make_problem(config)
+    support = problem.test.sample(jax.random.key(0), problem.test.data).support
+    adapt = jax.jit(learner.adapt)
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    others = {}
+    for dataset in shift:
+        other: Any = dataclasses.replace(config, dataset=dataset)
+        key = jax.random.fold_in(jax.random.key(config.seed), commands.TEST_KEY)
+        tasks = builders.make_problem(other).test
+        score = fewshot(key, learner, theta, tasks, config.test_episodes, every_step=False, mesh=task_mesh())
+        others[dataset] = [score.mean, score.interval]
+    return {
+        "learner": name,
+        "seed": config.seed,
+        "meta_steps": config.steps,
+        "mean": result["mean"],
+        "interval95": result["interval95"],
+        "shift": others,
+        "episodes": result["episodes"],
+        "transductive": result["transductive"],
+        "norm": result["norm"],
+        "minutes": result["minutes"],
+        "meta_step_seconds": config.batch / last["tasks_per_second"],
+        "adaptation_seconds": _median_seconds(lambda: adapt(jax.random.key(0), theta, support)),
+        "meta_step_mib": _memory(config, problem, theta) / 2**20,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves((theta.params, theta.hyper))),
+        "versions": result["versions"],
+        "config": result["config"],
+    }
+
+
+def _median_seconds(run: Any) -> float:
+    seconds = []
+    for _ in range(TIMED):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
+
+
+def _memory(config: Config, problem: builders.Problem, theta: Theta) -> float:
+    """Bytes of temporary arrays in the compiled meta-gradient of one task, NaN where the device does not tell."""
+    gradient = jax.jit(batch_gradient(builders.make_learner(config), problem.train.sample, 1, 1))
+    compiled = gradient.lower(jax.random.key(0), theta, problem.train.data, jnp.int32(0)).compile()
+    found = compiled.memory_analysis()
+    return float("nan") if found is None else float(found.temp_size_in_bytes)
+
+
+def _line(row: dict[str, Any]) -> str:
+    """One row for people."""
+    shifted = "".join(f", {name} {100 * mean:.1f} ± {100 * half:.1f}" for name, (mean, half) in row["shift"].items())
+    return (
+        f"{row['learner']}, seed {row['seed']}, {row['meta_steps']:,} meta-steps in {row['minutes']:.1f} minutes: "
+        f"{100 * row['mean']:.1f} ± {100 * row['interval95']:.1f} %{shifted} ({row['episodes']} episodes, norm {row['norm']}); "
+        f"{1e3 * row['meta_step_seconds']:.1f} ms a meta-step, {1e3 * row['adaptation_seconds']:.2f} ms to adapt, "
+        f"{row['meta_step_mib']:.1f} MiB a task, {row['parameters']:,} parameters"
+    )
