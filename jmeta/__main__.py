@@ -72,8 +72,8 @@ def _resume(args: list[str]) -> None:
         use_cores(where.devices)
         use_cache()
         return print(commands_pretrain.train(changed, run, resume=True))
-    if config.outer_schedule == "cosine" and changed.steps != config.steps:
-        raise ValueError(f"train: the outer rate of {run} falls along a cosine over {config.steps} steps, which cannot change now.")
+    if config.outer_schedule != "constant" and changed.steps != config.steps:
+        raise ValueError(f"train: the outer rate of {run} falls over {config.steps} steps, which cannot change now.")
     use_cores(checkpoint.read_run(run).get("devices", 1) if where.devices is None else where.devices)
     use_cache()
     print(commands.train(changed, run, resume=True, devices=where.devices))

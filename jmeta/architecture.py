@@ -33,15 +33,15 @@ PRIMITIVES = (
 KINDS = ("normal", "reduce")
 GONE = -1e9  # the logit of an operation that was pruned for good
 
-Edges = tuple[tuple[tuple[str, ...], ...], ...]  # operations of each input of each node
+Open = tuple[tuple[tuple[str, ...], ...], ...]  # operations of each input of each node
 Choices = tuple[tuple[tuple[str, int], ...], ...]  # (operation, input) of each node
 
 
 class Space(NamedTuple):
     """Operations that are open to each input of each node, in normal cells and in those that halve the map."""
 
-    normal: Edges
-    reduce: Edges
+    normal: Open
+    reduce: Open
 
 
 class Genotype(NamedTuple):

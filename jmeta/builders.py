@@ -44,7 +44,11 @@ from jmeta.tasks.images import Images, Splits
 from jmeta.tasks.omniglot import omniglot
 from jmeta.tasks.sinusoid import sinusoid
 
-HOTTEST, COLDEST = 1.0, 0.1  # temperatures of a supernet's mixture, and, below, its soft pruning and decay, as in the paper's code
+HOTTEST, COLDEST, COLDEST_IN_TRAINING = (
+    1.0,
+    0.1,
+    0.05,
+)  # temperatures of a supernet's mixture, and, below, its soft pruning and decay, as in the paper's code
 TRAIN_THRESHOLD, TEST_THRESHOLD = 0.01, 0.05
 ALPHA_DECAY = 1e-3
 COMPARING = ("protonet", "matching", "ridge", "snail")  # methods without inner steps
@@ -56,6 +60,8 @@ def make_model(config: Config) -> Model:
     """The network of a configuration: an MLP of 40-40 for sine waves; conv4, a supernet or the cells of a genotype for images."""
     shape = (IMAGE_SIZE, IMAGE_SIZE, 1)
     if config.dataset == "sinusoid":
+        if config.genotype is not None or config.method in ("metanas", "cavia", *COMPARING):
+            raise ValueError(f"train: method {config.method}{' with a genotype' * (config.genotype is not None)} is for images.")
         model = mlp(1, norm="none")
     elif config.method == "metanas" or config.genotype is not None:
         if config.norm not in get_args(CellNorm):
@@ -137,8 +143,8 @@ def make_masked(config: Config, steps: int | None, masked: Pattern | None) -> Me
     rule = others.get(config.method, lambda: rule)()
     rule = rule if masked is None else lambda_mask(masked, rule)
     how: dict[str, Any] = {"unroll": unroll}
-    if config.method == "reptile":
-        return reptile(model, loss, rule, data, carry_state=True, **how)
+    if config.method == "reptile":  # under a pattern the state would be of other groups of layers
+        return reptile(model, loss, rule, data, carry_state=masked is None, **how)
     if config.method == "imaml":
         return imaml(model, loss, rule, data, strength=config.strength, **how)
     if config.method == "maml++":
@@ -150,6 +156,7 @@ def make_masked(config: Config, steps: int | None, masked: Pattern | None) -> Me
 
 def _plus_plus(config: Config, model: Model, loss: Callable, rule: Any, data: Data, **how: Any) -> MetaLearner:
     """MAML++ with a rule that may be masked; in tests of other steps the last one's loss alone would count."""
+    _check_warmup(config)
     weights = step_weights(max(data.steps, 1), epoch=max(1, config.steps // EPOCHS)) if data.steps else None
     made = [maml(model, loss, rule, data, order=order, step_weights=weights, **how) for order in (1, 2)]
     return switch(*made, at=(config.warmup,)) if config.warmup else made[1]
@@ -176,15 +183,20 @@ def _make_comparing(config: Config, steps: int | None, masked: Pattern | None) -
 def _seen(config: Config, steps: int | None) -> Data:
     """What the inner loop sees in training, or in tests of so many steps."""
     count, size = (config.inner_steps, config.inner_batch) if steps is None else (steps, config.test_batch)
-    return repeat(count) if size is None else minibatches(count, size)
+    if size is None or (steps is not None and size >= config.ways * config.shots):
+        return repeat(count)
+    return minibatches(count, size)
 
 
 def _make_metanas(config: Config, steps: int | None, masked: Pattern | None) -> MetaLearner:
     """Reptile of a supernet; in training alphas and weights take turns after the warm-up, in tests in half of the steps.
 
     Raises:
-      ValueError: a pattern or a genotype is given.
+      ValueError: a pattern or a genotype is given, there are no inner steps, or the warm-up never ends.
     """
+    if (config.inner_steps if steps is None else steps) < 1:
+        raise ValueError("train: method metanas needs at least 1 inner step, in training and in tests.")
+    _check_warmup(config)
     if masked is not None:
         raise ValueError("pattern: method metanas is a pattern itself, in which alphas and weights take turns.")
     if config.genotype is not None:
@@ -204,16 +216,30 @@ def _make_metanas(config: Config, steps: int | None, masked: Pattern | None) -> 
 
     if steps is not None:
         return learner(steps // 2, steps - steps // 2, TEST_THRESHOLD, COLDEST)
-    searching = learner(config.inner_steps, 0, TRAIN_THRESHOLD, COLDEST)
+    searching = learner(config.inner_steps, 0, TRAIN_THRESHOLD, COLDEST_IN_TRAINING)
     both = switch(learner(0, config.inner_steps, TRAIN_THRESHOLD, HOTTEST), searching, at=(config.warmup,))
     return watched(both if config.warmup else searching, shares)
 
 
+def _check_warmup(config: Config) -> None:
+    if config.warmup and config.warmup >= config.steps:
+        raise ValueError(
+            f"train: warmup must be below steps, got {config.warmup} and {config.steps}: what follows it would never be trained. "
+            "Usual cause: a preset's steps made fewer; give --warmup too."
+        )
+
+
 def shares(theta: Theta) -> dict[str, jax.Array]:
-    """What each operation weighs in each kind of cell at the lowest temperature, the mean over its edges, for the log."""
+    """For the log, what alphas weigh at the lowest temperature in each kind of cell, means over its edges.
+
+    That of each operation; that of an edge's largest operation, 1/7 where nothing is chosen, and of a node's largest input.
+    """
     mixed = mixture(theta.params["alpha"], COLDEST)
-    weights = {kind: jnp.concatenate([node["ops"] for node in nodes.values()]).mean(0) for kind, nodes in mixed.items()}
-    return {f"{kind}/{op}": own[number] for kind, own in weights.items() for number, op in enumerate(PRIMITIVES)}
+    weights = {kind: jnp.concatenate([node["ops"] for node in nodes.values()]) for kind, nodes in mixed.items()}
+    means = {f"{kind}/{op}": own[:, number].mean() for kind, own in weights.items() for number, op in enumerate(PRIMITIVES)}
+    inputs = {kind: [node["inputs"].max() for node in nodes.values()] for kind, nodes in mixed.items()}
+    largest = {f"largest operation/{kind}": own.max(1).mean() for kind, own in weights.items()}
+    return {**means, **largest, **{f"largest input/{kind}": jnp.stack(own).mean() for kind, own in inputs.items()}}
 
 
 def with_genotype(config: Config) -> Config:

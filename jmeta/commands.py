@@ -19,12 +19,14 @@ from jax.sharding import Mesh
 from jmeta import builders, checkpoint, presets, pretrain, runs
 from jmeta.architecture import genotype, save_genotype
 from jmeta.autotune import tune
+from jmeta.builders import Problem
 from jmeta.core import LONGEST_UNROLL, Batch, MetaLearner, Theta, default_chunk
 from jmeta.evaluate import routing as routes
 from jmeta.evaluate.fewshot import Score, fewshot
 from jmeta.evaluate.search import search as find
 from jmeta.mesh import check_batch, count_devices, share, task_mesh
-from jmeta.presets import Config, Problem
+from jmeta.models.supernet import sparse_size
+from jmeta.presets import Config
 from jmeta.rules import patterns
 from jmeta.tasks.images import Images, from_folder, invert, is_picture, read_picture
 from jmeta.train import Fit, Validation, fit
@@ -32,7 +34,10 @@ from jmeta.train import Fit, Validation, fit
 BENCHMARKS = ("speed", "growth", "overhead", "frozen")
 PAPER = 127  # a border brighter than this is paper: the ink is dark
 ROUTED_WAYS = 5  # of the tasks whose channels are compared, at most: few alphabets have 40 classes
-TEST_KEY, EPISODE_KEY, ADAPT_KEY, SEARCH_KEY, ROUTING_KEY = range(1, 6)  # folded into the seed's key, after the training's own
+SIZED_TASKS = 20  # whose used weights are counted
+TEST_KEY, EPISODE_KEY, ADAPT_KEY, SEARCH_KEY, ROUTING_KEY, SIZE_KEY = range(
+    1, 7
+)  # folded into the seed's key, after the training's own
 # Passes through a task, forward and backward, times parameters, from which a run is tuned: conv4 makes as many in about five
 # minutes on two cores, of which the autotune takes one or two. A shorter run would lose by being tuned.
 TUNED_FROM = 128_000 * 112_000
@@ -62,17 +67,34 @@ def train(
     config = builders.with_genotype(config)
     mesh = mesh_of(config, _kept_devices(folder) if devices is None else devices)
     problem = builders.make_problem(config)
+    _check_test(config, problem)
     if (folder / "run.json").is_file():
         config, chunk = _as_begun(config, folder), config.chunk
     else:
         config, chunk = _tuned(config, problem, mesh)
     done = _fit(config, problem, folder, resume, mesh, chunk)
     score = _test(config, problem, done.theta, problem.test, config.test_episodes, config.seed, mesh)
-    result = {**_described(config, problem, score), "seeds": [config.seed], "minutes": _minutes(folder, config.batch)}
+    result = {
+        **_described(config, problem, score),
+        **_task_sizes(config, problem, done.theta),
+        "seeds": [config.seed],
+        "minutes": _minutes(folder, config.batch),
+    }
     checkpoint.write_json(folder / "result.json", result)
     plot(str(folder))
     print(f"{problem.metric_name} on unseen tasks: {score} [norm: {_norm(config)}]")
     return folder
+
+
+def _check_test(config: Config, problem: Problem) -> None:
+    """Lets what a test would refuse be refused before it trains."""
+    for tasks, steps in ((problem.train, None), (problem.test, config.test_steps)):
+        if tasks.stage is None:
+            learner = builders.make_learner(config, steps)
+            task = jax.eval_shape(tasks.sample, jax.random.key(0), tasks.data)
+            jax.eval_shape(
+                lambda task, learner=learner: learner.curve(jax.random.key(0), learner.init(jax.random.key(0)), task), task
+            )
 
 
 def _minutes(folder: Path, batch: int) -> float:
@@ -171,6 +193,26 @@ def _test(config: Config, problem: Problem, theta: Theta, tasks: Any, episodes: 
     key = jax.random.fold_in(jax.random.key(seed), TEST_KEY)
     learner = builders.make_learner(config, config.test_steps)
     return fewshot(key, learner, theta, tasks, episodes, metric=problem.metric, mesh=mesh)
+
+
+def _task_sizes(config: Config, problem: Problem, theta: Theta) -> dict[str, Any]:
+    """How many weights tests' tasks use of a supernet, for metanas."""
+    if config.method != "metanas":
+        return {}
+    learner = builders.make_learner(config, config.test_steps)
+
+    @jax.jit
+    def size(key):
+        key_task, key_learn = jax.random.split(key)
+        support = problem.test.sample(key_task, problem.test.data).support
+        params = learner.adapt(key_learn, theta, support).params
+        return sparse_size(params, temperature=builders.COLDEST, threshold=builders.TEST_THRESHOLD)
+
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), SIZE_KEY), SIZED_TASKS)
+    sizes = np.array([int(size(key)) for key in keys])
+    whole = sum(leaf.size for leaf in jax.tree.leaves(theta.params["w"]))
+    figures = {"mean": float(sizes.mean()), "least": int(sizes.min()), "most": int(sizes.max())}
+    return {"task_parameters": {**figures, "tasks": len(sizes), "all": whole}}
 
 
 def _norm(config: Config) -> str:
@@ -511,6 +553,9 @@ def derive(run: Annotated[str, tyro.conf.Positional], *, out: str | None = None)
         for number, choices in enumerate(nodes):
             print(f"{kind} node {number}: {', '.join(f'{op} of input {source}' for op, source in choices)}")
     print(f"{sizes[1]:,} parameters at the width of the supernet, which has {sizes[0]:,}")
+    halving = "" if config.reductions is None else f" --reductions {' '.join(map(str, config.reductions))}"
+    data = f"{config.dataset}-{config.ways}w{config.shots}s"
+    print(f"jmeta train reptile-{data} --genotype {path} --cells {config.cells}{halving} --filters {config.filters}   trains it")
     return path
 
 

@@ -5,7 +5,7 @@ import json
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ def compare(
     minutes: float | None = None,
     shift: tuple[str, ...] = (),
     source: str | None = None,
-    split: str = "customary",
+    split: Literal["customary", "background"] = "customary",
 ) -> Path:
     """Trains learners in turn, each by its preset, tests them on the same episodes, and draws up one table.
 

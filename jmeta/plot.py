@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtrit
 
-from jmeta.architecture import PRIMITIVES
+from jmeta.architecture import KINDS, PRIMITIVES
+
+MOST_TICKS = 16  # of inner steps that are all named
 
 
 def _figure(width: float, height: float, **panels: Any) -> tuple[Any, Any]:
@@ -53,7 +55,8 @@ def by_inner_step(result: dict[str, Any], path: Path) -> None:
     figure, axes = _figure(6, 4)
     axes.errorbar(range(len(middle)), middle, half, fmt="o-")
     axes.set(xlabel="inner steps", ylabel=f"test {result['metric']}, 95 % interval")
-    axes.set_xticks(range(len(middle)))
+    if len(middle) <= MOST_TICKS:
+        axes.set_xticks(range(len(middle)))
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 
@@ -203,8 +206,8 @@ def shares(metrics: Path, path: Path) -> None:
       path: the PNG to write.
     """
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    columns = [name for name in rows[0] if "/" in name]
-    kinds = list(dict.fromkeys(name.split("/")[0] for name in columns))
+    kinds = KINDS
+    columns = [name for name in rows[0] if name.split("/")[0] in kinds]
     figure, panels = _figure(12, 4, ncols=max(1, len(kinds)), squeeze=False)
     for axes, kind in zip(panels[0], kinds, strict=False):
         for name in columns:

@@ -16,7 +16,8 @@ References:
   (https://arxiv.org/abs/1911.11090): `metanas-omniglot-20w1s`; the other `metanas` presets are smaller.
 
 Differs from the paper in: inner rates are for a mean loss (see `jmeta.xent`); 5 queries a class in training and 15 in tests; tests
-on unrotated classes; the outer rate of the sine waves falls along a cosine.
+on unrotated classes; the outer rate of the sine waves falls along a cosine; metanas prunes nothing for good during training and has
+no drop-path.
 """
 
 import dataclasses

@@ -39,6 +39,8 @@ def test_the_log_has_the_weights_of_operations(run):
     for kind in ("normal", "reduce"):
         assert sum(value for name, value in row.items() if name.startswith(f"{kind}/")) == pytest.approx(1, abs=1e-5)
     result = json.loads((run / "result.json").read_text())
+    sizes = result["task_parameters"]
+    assert 0 < sizes["least"] <= sizes["mean"] <= sizes["most"] <= sizes["all"] and sizes["tasks"] == commands.SIZED_TASKS
     assert result["episodes"] == 4 and len(result["by_step"]) == 1 + 2 + 1  # alpha and weights, then weights alone
 
 
@@ -86,6 +88,11 @@ def test_other_runs_have_no_cells(tmp_path):
             "genotype: 'metanas-v9' is neither a file, nor JSON, nor one of metanas-mini",
         ),
         ({"norm": "support"}, "norm must be one of batch, layer, instance for networks of cells, got 'support'"),
+        ({"warmup": 3}, "train: warmup must be below steps, got 3 and 3"),
+        ({"inner_steps": 0}, "train: method metanas needs at least 1 inner step"),
+        ({"dataset": "sinusoid"}, "train: method metanas is for images"),
+        ({"method": "reptile", "inner_batch": 99}, "minibatches: size is 99, but the support set has 10 examples"),
+        ({"method": "reptile", "test_batch": 3, "shots": 1, "inner_batch": 30}, "minibatches: size is 30"),
         ({"cells": 0, "reductions": ()}, "supernet: cells must be at least 1, got 0"),
     ],
 )

@@ -24,8 +24,11 @@ def test_an_unknown_preset_is_answered_with_the_nearest():
 def test_every_preset_makes_a_learner_and_survives_json(name):
     config = presets.preset(name)
     theta = jax.eval_shape(builders.make_learner(config).init, jax.random.key(0))
-    head = theta.params.get("w", theta.params)["head"]["bias"].shape
-    assert head == ((1,) if config.dataset == "sinusoid" else (config.ways,))
+    layers = theta.params.get("w", theta.params)
+    if config.method in ("protonet", "matching", "ridge"):
+        assert "head" not in layers
+    else:
+        assert layers["head"]["bias"].shape == ((1,) if config.dataset == "sinusoid" else (config.ways,))
     assert presets.from_dict(json.loads(json.dumps(dataclasses.asdict(config))), "here") == config
 
 
@@ -50,6 +53,11 @@ def test_a_pattern_in_the_configuration_masks_the_inner_loop(key):
         assert {name for name, layer in same.items() if not all(jax.tree.leaves(layer))} == moved
     with pytest.raises(ValueError, match="method anil is a pattern itself"):
         builders.make_learner(Config(method="anil", filters=4, pattern="head"))
+    for method in ("protonet", "snail"):
+        with pytest.raises(ValueError, match=f"pattern: method {method} adapts nothing"):
+            builders.make_learner(Config(method=method, inner_steps=0, pattern="head"))
+    with pytest.raises(ValueError, match="method protonet has no inner steps; inner_steps and test_steps must be 0, got 1"):
+        builders.make_learner(Config(method="protonet"))
     with pytest.raises(ValueError, match="'tail' is neither a layer"):
         builders.make_learner(Config(filters=4, pattern="tail"))
 

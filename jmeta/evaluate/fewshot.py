@@ -19,6 +19,7 @@ from jmeta.core import MetaLearner, Tasks, Theta, default_chunk
 from jmeta.losses import accuracy
 from jmeta.mesh import check_mesh, count_devices, replicate, spread
 
+MOST_STEPS = 15  # inner steps whose means are all printed
 DISPATCH = 100  # most episodes in one call of the compiled program
 
 
@@ -46,8 +47,12 @@ class Score(NamedTuple):
         """`0.987 ± 0.004 (95 % interval, 600 episodes, transductive); by inner step: 0.251 0.987`."""
         kind = "transductive" if self.transductive else "not transductive"
         text = f"{self.mean:.3f} ± {self.interval:.3f} (95 % interval, {self.episodes} episodes, {kind})"
+        last = len(self.by_step) - 1
+        if last > MOST_STEPS:
+            shown = [*(step for step in (0, 1, 2, 5, 10, 20, 50, 100) if step < last), last]
+            return text + "; after inner steps: " + ", ".join(f"{step}: {self.by_step[step, 0]:.3f}" for step in shown)
         steps = " ".join(f"{mean:.3f}" for mean in self.by_step[:, 0])
-        return f"{text}; by inner step: {steps}" if len(self.by_step) > 1 else text
+        return f"{text}; by inner step: {steps}" if last else text
 
 
 def paired(score: Score, other: Score) -> tuple[float, float]:

@@ -16,6 +16,7 @@ from jmeta.architecture import KINDS, PRIMITIVES
 from jmeta.core import Params
 from jmeta.models.cells import (
     DILATED,
+    FIRST,
     CellNorm,
     apply_other,
     convolve_same,
@@ -148,7 +149,7 @@ def _apply_cell(params: Any, maps: list[jax.Array], edges: tuple[Edge, ...], wei
             rows, outputs = _operate(params, maps, edges, now, norm)
             share = np.array([[to in row.nodes for row in rows] for to in range(weights.shape[0])])
             ops, sources = ([getattr(row, field) for row in rows] for field in ("op", "source"))
-            totals = totals + jnp.tensordot(weights[:, sources, ops] * share, outputs, 1)
+            totals = totals + jnp.tensordot(jnp.asarray(weights[:, sources, ops] * share, outputs.dtype), outputs, 1)
         maps.append(totals[node])
     return jnp.concatenate(maps[2:], -1)
 
@@ -172,7 +173,7 @@ def _operate(
         here = [edge for edge in now if edge.op == op]
         if not here:
             continue
-        if op in params and here[0] in stacked(edges, op):
+        if (op in params or op in FIRST) and here[0] in stacked(edges, op):
             own = _own(params, edges, here)
             rows += [_Row(number, edge.source, (edge.node,)) for edge in here]
             x = begun[op] if op in begun else jnp.stack([maps[edge.source] for edge in here])
@@ -192,9 +193,24 @@ def _operate(
     return rows, jnp.concatenate([*parts, *plain])
 
 
+def check_rows(name: str, params: Any, edges: tuple[Edge, ...], op: str) -> None:
+    """Refuses a cell's parameters that are stacked over other edges.
+
+    Raises:
+      ValueError: as said; `name` begins the message.
+    """
+    wanted, found = len(stacked(edges, op)), {leaf.shape[0] for leaf in jax.tree.leaves(params.get(op, {}))}
+    if found != {wanted}:
+        raise ValueError(
+            f"{name}: {op} has weights of {sorted(found) or 'no'} edges, but the space has {wanted} with it. Usual cause: a "
+            "supernet from which operations were pruned for good; name the space that is left (space=, before=)."
+        )
+
+
 def _own(params: Any, edges: tuple[Edge, ...], here: list[Edge]) -> Any:
     """The parameters of some edges of one operation, which follow each other."""
     start = stacked(edges, here[0].op).index(here[0])
+    check_rows("supernet", params, edges, here[0].op)
     return jax.tree.map(lambda leaf: leaf[start : start + len(here)], params[here[0].op])
 
 

@@ -16,10 +16,11 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jmeta.architecture import GONE, KINDS, PRIMITIVES, Genotype, Space, check_genotype, full_space, init_alpha, mixture
 from jmeta.core import MetaLearner, Model, Params, Theta, memoise
-from jmeta.models.cell_network import Edge, Edges, Layout, apply_network, init_network, ordered, stacked
+from jmeta.models.cell_network import Edge, Edges, Layout, apply_network, check_rows, init_network, ordered, stacked
 from jmeta.models.cells import CellNorm
 
 REDUCTIONS = (1, 3)
@@ -73,7 +74,7 @@ def supernet(
     def apply(params, x, stats=None):
         _check_alpha(params["alpha"], nodes)
         weights = params["mixture"] if "mixture" in params else mixture(params["alpha"])
-        return apply_network(params["w"], x, layout, {kind: _dense(weights[kind]) for kind in KINDS})
+        return apply_network(params["w"], x, layout, {kind: _as_array(weights[kind]) for kind in KINDS})
 
     return Model(init, apply, ("alpha", "w"))
 
@@ -166,7 +167,15 @@ def promising(params: Params, *, threshold: float = 0.01, temperature: float = 0
     return Space(*(tuple(left(alpha[kind][f"node{node}"]["ops"]) for node in range(len(alpha[kind]))) for kind in KINDS))
 
 
-def shrink(theta: Theta, learner: MetaLearner, space: Space, *, before: Space | None = None) -> Theta:
+def shrink(
+    theta: Theta,
+    learner: MetaLearner,
+    space: Space,
+    *,
+    before: Space | None = None,
+    outer: optax.GradientTransformation | None = None,
+    state: Any = None,
+) -> Any:
     """What was meta-learned, for a supernet from which operations were pruned for good.
 
     Args:
@@ -174,17 +183,22 @@ def shrink(theta: Theta, learner: MetaLearner, space: Space, *, before: Space | 
       learner: that of `supernet(..., space=space)`, with the rule and options that theta was trained with.
       space: the operations that are left, for instance `promising(theta.params)`.
       before: the space of the larger one; all operations if None.
+      outer: the outer optimiser, if its state goes along.
+      state: that state, `Fit.state`.
 
     Returns:
       A theta of `learner`, to go on from in another call of `jmeta.fit`; the state of an inner optimiser is taken over as well.
+      With `outer`, `(theta, state)`.
 
     Raises:
       ValueError: the learner is of other sizes, or its space holds operations that were gone before.
     """
     nodes = len(space.normal)
     old, new = _edges(before or full_space(nodes), nodes), _edges(space, nodes)
-    small = _moved("shrink", theta, learner.init(jax.random.key(0)), old, new)
-    return small._replace(params={**small.params, "alpha": _without(small.params["alpha"], space)})
+    like = learner.init(jax.random.key(0))
+    small = _moved("shrink", theta, like, old, new)
+    small = small._replace(params={**small.params, "alpha": _without(small.params["alpha"], space)})
+    return small if outer is None else (small, _moved("shrink", state, outer.init(like._replace(memory=())), old, new))
 
 
 def sparse_size(params: Params, *, temperature: float, threshold: float, space: Space | None = None) -> jax.Array:
@@ -204,7 +218,7 @@ def sparse_size(params: Params, *, temperature: float, threshold: float, space: 
     mixed = mixture(params["alpha"], temperature, threshold)
     total = jnp.array(sum(leaf.size for leaf in jax.tree.leaves(params["w"])))
     for kind, sizes in operation_sizes(params, space=space).items():
-        total = total - (sizes * (_dense(mixed[kind]) == 0)).sum()
+        total = total - (sizes * (_as_array(mixed[kind]) == 0)).sum()
     return total
 
 
@@ -222,6 +236,7 @@ def operation_sizes(params: Params, *, space: Space | None = None) -> dict[str, 
         for kind in set(KINDS) & set(cell):
             for op, own in cell[kind].items():
                 mine = stacked(edges[kind], op)
+                check_rows("sparse_size", cell[kind], edges[kind], op)
                 each = sum(leaf.size for leaf in jax.tree.leaves(own)) // len(mine)
                 for edge in mine:
                     sizes[kind][edge.node, edge.source, PRIMITIVES.index(op)] += each
@@ -293,7 +308,7 @@ def _edges(space: Space, nodes: int) -> Edges:
     }
 
 
-def _dense(weights: Any) -> jax.Array:
+def _as_array(weights: Any) -> jax.Array:
     """What a mixture weighs, as one array `[nodes, inputs, operations]`."""
     nodes = len(weights)
     each = [weights[f"node{node}"] for node in range(nodes)]
@@ -310,26 +325,33 @@ def _ones(edges: tuple[Edge, ...], nodes: int) -> np.ndarray:
 
 
 def _moved(name: str, old: Any, new: Any, before: Edges, after: Edges) -> Any:
-    """The leaves of `new` with the values that `old` has in their places, edge by edge; what `old` has not stays as it is."""
+    """The leaves of `new` with the values that `old` has in their places, edge by edge; norms that `old` has not stay."""
     known = dict(jax.tree_util.tree_leaves_with_path(old))
 
     def one(path, leaf):
-        if path not in known:
+        where, keys = jax.tree_util.keystr(path), [getattr(key, "key", None) for key in path]
+        if path not in known and any(str(key).startswith("norm") and key not in KINDS for key in keys):
             return leaf
-        found, keys = known[path], [getattr(key, "key", None) for key in path]
+        if path not in known:
+            raise ValueError(f"{name}: the supernet has no {where}. Usual cause: other sizes, or an operation that is gone.")
+        found = known[path]
         kind = next((kind for kind in KINDS if kind in keys[:-1] and "alpha" not in keys), None)
         if kind is not None:
-            op = keys[keys.index(kind) + 1]
-            place = {(edge.source, edge.node): number for number, edge in enumerate(stacked(before[kind], op))}
-            wanted = [(edge.source, edge.node) for edge in stacked(after[kind], op)]
-            if not set(wanted) <= set(place):
-                raise ValueError(f"{name}: the supernet has no {op} from input {wanted} to node in its {kind} cells any more.")
-            found = found[np.array([place[each] for each in wanted])]
+            found = found[_places(name, found, keys[keys.index(kind) + 1], before[kind], after[kind])]
         if found.shape != leaf.shape:
-            where = jax.tree_util.keystr(path)
             raise ValueError(
-                f"{name}: {where} has shape {found.shape}, but the network to fill has {leaf.shape}; give it the same sizes."
+                f"{name}: {where} has shape {found.shape}, but the network to fill has {leaf.shape}; give both one size."
             )
         return found
 
     return jax.tree_util.tree_map_with_path(one, new)
+
+
+def _places(name: str, leaf: jax.Array, op: str, before: tuple[Edge, ...], after: tuple[Edge, ...]) -> np.ndarray:
+    """Where the edges of an operation that are left stood."""
+    check_rows(name, {op: leaf}, before, op)
+    place = {(edge.source, edge.node): number for number, edge in enumerate(stacked(before, op))}
+    gone = [edge for edge in stacked(after, op) if (edge.source, edge.node) not in place]
+    if gone:
+        raise ValueError(f"{name}: the supernet has no {op} from input {gone[0].source} to node {gone[0].node} any more.")
+    return np.array([place[edge.source, edge.node] for edge in stacked(after, op)])

@@ -37,7 +37,8 @@ class Anneal:
 
     def __call__(self, step: Any) -> jax.Array:
         """The temperature at an inner step, which may be traced."""
-        done = jnp.minimum(jnp.asarray(step) // self.every, self.steps - 1) / max(self.steps - 1, 1)
+        number = jnp.asarray(step) // self.every
+        done = jnp.where(number < self.steps, number / max(self.steps - 1, 1), 1.0)
         return self.start - done * (self.start - self.end)
 
 

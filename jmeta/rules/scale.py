@@ -193,12 +193,13 @@ def _masked_chain(rows: Any, optimizer: Rule | optax.GradientTransformation, nam
 
 def _static(part: Rule, rows: tuple[tuple[float, ...], ...], names: tuple[str, ...] | None, last: bool) -> Rule:
     """One part of an optimiser, masked by numbers that are known. The last part's updates are scaled as well."""
-    columns = list(zip(*rows, strict=True))
-    groups = list(dict.fromkeys(tuple(map(bool, column)) for column in columns))
-    group_of = [groups.index(tuple(map(bool, column))) for column in columns]
+    columns = [tuple(map(bool, column)) for column in zip(*rows, strict=True)]
+    members = {moves: [number for number, each in enumerate(columns) if each == moves] for moves in columns}
+    titles = {moves: "+".join(names[each] if names else str(each) for each in own) for moves, own in members.items()}
+    group_of = [titles[moves] for moves in columns]
 
     def init(params):
-        return tuple(part.update.init(params) for _ in groups)
+        return {title: part.update.init(params) for title in titles.values()}
 
     def phase(step):
         return rows[min(step, len(rows) - 1)], part.phase(step)
@@ -207,14 +208,14 @@ def _static(part: Rule, rows: tuple[tuple[float, ...], ...], names: tuple[str, .
         row, own = context.pop("phase", None) or phase(context.get("step", 0))
         layers = _columns(names or context.get("layers"), len(row), updates, context.get("layers"))
         given = dict(updates) | {name: _zeros(updates[name]) for name, value in zip(layers, row, strict=True) if not value}
-        new, state = _zeros(updates), list(state)
-        for group in {group for value, group in zip(row, group_of, strict=True) if value}:
+        new, state = _zeros(updates), dict(state)
+        for group in sorted({group for value, group in zip(row, group_of, strict=True) if value}):
             mine = {name: value for name, value, each in zip(layers, row, group_of, strict=True) if each == group}
             moved: Any
             moved, changed = part.update.update(given, state[group], params, phase=own, **context)
             state[group] = _where(_slots(part, state[group], updates, mine), changed, state[group])
             new |= {name: _times(value if last else 1, moved[name]) for name, value in mine.items()}
-        return new, tuple(state)
+        return new, state
 
     return part._replace(update=optax.GradientTransformationExtraArgs(init, update), phase=phase)
 

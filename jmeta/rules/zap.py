@@ -152,7 +152,7 @@ def zap_layer(
         return drawn if len(columns) == units else jnp.zeros_like(leaf).at[..., columns].set(drawn)
 
     masks, fresh = (jax.tree_util.tree_map_with_path(each, layer_params) for each in (one, draw))
-    return _with(params, layer.split("/"), reset_where(layer_params, masks, fresh))
+    return _with(params, _path(params, layer), reset_where(layer_params, masks, fresh))
 
 
 def _with(params: Params, path: list[str], layer: Any) -> Params:
@@ -211,10 +211,15 @@ def _check_init(init: Any) -> None:
         raise ValueError(f"zap: init must be 'he_normal', 'official_iid' or a function of key, shape and type, got {init!r}.")
 
 
+def _path(params: Params, layer: str) -> list[str]:
+    """The names that lead to a layer; one at the top level may hold slashes itself."""
+    return [layer] if layer in params else layer.split("/")
+
+
 def _check_layer(params: Params, layer: str) -> Params:
     """The parameters of the layer."""
     own: Any = params
-    for name in layer.split("/"):
+    for name in _path(params, layer):
         if not isinstance(own, Mapping) or name not in own:
             there = ", ".join(own) if isinstance(own, Mapping) else "nothing below"
             raise ValueError(f"zap: {layer!r} is not a layer of the parameters; they have {there}.")

@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 
 import jmeta as jm
-from jmeta.architecture import PRIMITIVES, full_space, pairs_of
+from jmeta.architecture import PRIMITIVES, full_space, mixture, pairs_of
 from tests import toys
 
 SMALL = {"cells": 3, "nodes": 2, "channels": 2, "reductions": (1,), "shape": (9, 8, 1)}
@@ -173,6 +173,8 @@ def test_near_temperature_zero_it_is_its_derived_network(key):
         chex.assert_trees_all_equal_shapes(plain, derived.init(key))
         np.testing.assert_allclose(derived.apply(plain, x), model.apply(cold, x), rtol=1e-9)
         assert not np.allclose(model.apply(params, x), model.apply(cold, x), rtol=1e-3)
+        with pytest.raises(ValueError, match="discretise: the supernet has no .*even.*Usual cause: other sizes"):
+            jm.discretise(params, found, jm.derive(found, 3, **{**sizes, "reductions": (0, 1)}))
 
 
 def test_pruned_for_good_it_is_smaller_and_computes_the_same(key):
@@ -188,7 +190,8 @@ def test_pruned_for_good_it_is_smaller_and_computes_the_same(key):
     theta = large.init(key)
     alpha = jax.tree.map(lambda leaf: 300 * leaf, theta.params["alpha"])
     theta = theta._replace(params={**theta.params, "alpha": alpha})
-    theta = theta._replace(memory=jax.tree.map(lambda leaf: leaf + 7, theta.memory))
+    numbered = lambda tree: jax.tree.map(lambda leaf: jnp.arange(leaf.size, dtype=leaf.dtype).reshape(leaf.shape), tree)
+    theta = theta._replace(params={**theta.params, "w": numbered(theta.params["w"])}, memory=numbered(theta.memory))
     space = jm.promising(theta.params, threshold=0.1, temperature=0.1)
     small = make(space)
     shrunk = jm.shrink(theta, small, space)
@@ -198,9 +201,17 @@ def test_pruned_for_good_it_is_smaller_and_computes_the_same(key):
         < sum(leaf.size for leaf in jax.tree.leaves(shrunk.params["w"]))
         < sum(leaf.size for leaf in jax.tree.leaves(theta.params["w"]))
     )
-    slots = [leaf for leaf in jax.tree.leaves(shrunk.memory) if leaf.ndim]
-    assert all((np.asarray(leaf) == 7).all() for leaf in slots)
+    slots = optax.tree.get(shrunk.memory["state"], "nu")  # numbered as the weights are, so rows must have gone together
+    chex.assert_trees_all_equal(slots["w"], shrunk.params["w"])
+    outer = optax.adam(0.1)
+    state = jax.tree.map(lambda leaf: leaf, outer.init(theta._replace(memory=())))
+    state = (state[0]._replace(mu=theta._replace(memory=())), *state[1:])
+    _, moved = jm.shrink(theta, small, space, outer=outer, state=state)
+    chex.assert_trees_all_equal(moved[0].mu.params["w"], shrunk.params["w"])
 
+    theta, shrunk = (
+        each._replace(params={**each.params, "w": jax.tree.map(jnp.sin, each.params["w"])}) for each in (theta, shrunk)
+    )
     x = jax.random.normal(key, (2, 9, 8, 1))
     cut = jax.tree.map(lambda now, new: jnp.where(new < -1e6, new, now), theta.params["alpha"], shrunk.params["alpha"])
     expected = large.predict(theta._replace(params={**theta.params, "alpha": cut}), x)
@@ -211,6 +222,16 @@ def test_pruned_for_good_it_is_smaller_and_computes_the_same(key):
     fewer = jm.promising(shrunk.params, threshold=0.14, temperature=0.1)
     least = make(fewer)
     chex.assert_trees_all_equal_shapes(jm.shrink(shrunk, least, fewer, before=space), least.init(key))
+    for misread in (
+        lambda: jm.shrink(shrunk, least, fewer),
+        lambda: jm.sparse_size(shrunk.params, temperature=1.0, threshold=0.05),
+        lambda: large.predict(shrunk, x),
+        lambda: small.predict(theta, x),
+    ):
+        with pytest.raises(ValueError, match="Usual cause: a supernet from which operations were pruned for good; name the space"):
+            misread()
+    with pytest.raises(ValueError, match=r"shrink: the supernet has no .* any more|has weights of"):
+        jm.shrink(shrunk, large, full_space(2), before=space)
 
 
 def test_sparse_size_counts_what_a_task_uses(key):
@@ -269,6 +290,27 @@ def test_metanas_is_a_composition(key):
     assert all(1e-4 < distance < 100 for distance in moved.values())
     score = jm.fewshot(key, learner, fit.theta, _tasks(), 4)
     assert score.by_step.shape == (5, 2)
+
+
+def test_alphas_and_weights_take_turns_at_where_they_are(key):
+    """The adapted parameters against alternating steps of Adam written by hand, each at the present alphas and weights."""
+    net = jm.supernet(3, cells=1, nodes=1, channels=2, shape=(8, 8, 1))
+    adam, schedule = optax.adam(0.05, b1=0.0), jm.anneal(1.0, 0.1, 2, every=2)
+    rule = jm.chain(jm.mix(schedule), jm.lambda_mask([[1, 0], [0, 1]] * 2, adam, labels=("alpha", "w")))
+    learner = jm.reptile(net, jm.xent, rule, jm.repeat(4), unroll=False)
+    theta, task = learner.init(key), _tasks().sample(key, ())
+
+    @jax.jit
+    def gradient(params, temperature):
+        gated = lambda p: {**p, "mixture": mixture(p["alpha"], temperature)}
+        return jax.grad(lambda p: jm.xent(net.apply(gated(p), task.support.x), task.support.y))(params)
+
+    params, states = theta.params, {name: adam.init(theta.params[name]) for name in ("alpha", "w")}
+    for step in range(4):
+        name = ("alpha", "w")[step % 2]
+        updates, states[name] = adam.update(gradient(params, schedule(step))[name], states[name])
+        params = {**params, name: optax.apply_updates(params[name], updates)}
+    chex.assert_trees_all_close(jax.jit(learner.adapt)(key, theta, task.support).params, params, atol=1e-4)
 
 
 def test_tnas_is_maml_of_first_order_on_a_supernet(key):

@@ -16,7 +16,7 @@ def test_the_temperature_falls_within_each_task_and_takes_two_steps_where_two_ta
     expected = [1.0, 1.0, 0.775, 0.775, 0.55, 0.55, 0.325, 0.325, 0.1, 0.1, 0.1, 0.1]
     np.testing.assert_allclose([schedule(step) for step in range(12)], expected, rtol=1e-6)
     np.testing.assert_allclose(jax.jit(schedule)(jnp.array(3)), 0.775, rtol=1e-6)
-    assert float(jm.anneal(1.0, 0.1, 1)(0)) == 1.0
+    assert [float(jm.anneal(1.0, 0.5, 1)(step)) for step in (0, 1)] == [1.0, 0.5]
     params = {"alpha": init_alpha(key, 2), "w": {}}
     for step in (0, 9):
         gated = jm.mix(schedule, threshold=0.01).gate(params, step=step, hyper=(), key=None)

@@ -328,3 +328,19 @@ def test_sparse_starts_as_plain(key):
     plain, sparse = _learner(optax.sgd(0.1)), _learner(jm.chain(optax.sgd(0.1), jm.sparse()))
     task = toys.blobs().sample(key, ())
     chex.assert_trees_all_close(*(each.adapt(key, each.init(key), task.support).params for each in (plain, sparse)), rtol=1e-6)
+
+
+def test_a_state_that_goes_on_is_that_of_its_layers(key):
+    """Other groups of layers, also as many, cannot take it for theirs."""
+
+    def learner(rows, labels=None):
+        rule = jm.lambda_mask(rows, optax.adam(0.01, b1=0.0), labels=labels)
+        return jm.reptile(toys.net(), jm.xent, rule, jm.repeat(2), carry_state=True)
+
+    names = ("layer1", "layer2", "head")
+    trained = learner([[1, 0, 0], [0, 1, 1]], names)
+    theta, support = trained.init(key), toys.blobs().sample(key, ()).support
+    trained.adapt(key, theta, support)
+    for other in (learner([[1, 1, 0], [0, 0, 1]], names), learner([[1, 0, 0], [0, 1, 1]], names[::-1])):
+        with pytest.raises(ValueError, match="carry_state: theta carries a state of another inner optimiser"):
+            other.adapt(key, theta, support)
