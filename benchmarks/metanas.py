@@ -29,10 +29,10 @@ from sets import CALTECH, TEST_KEY, TRAIN_KEY, VALID_KEY, caltech, photographs  
 import jmeta as jm
 from jmeta import plot
 from jmeta.architecture import mixture
+from jmeta.builders import shares
 from jmeta.checkpoint import write_json
 from jmeta.evaluate.draws import interval
 from jmeta.models.supernet import operation_sizes
-from jmeta.presets import shares
 
 RESULTS = Path(__file__).parent / "results" / "metanas"
 CELLS, CHANNELS, REDUCTIONS = 4, 8, (0, 2)
@@ -62,7 +62,7 @@ def make_problem(name: str, seed: int) -> Problem:
         splits, shape = jm.Splits(*(small(images) for images in made if images is not None)), (28, 28, 3)
     assert splits.valid is not None
     train = jm.episodes(splits.train, 5, TRAIN_SHOTS, 1)
-    return Problem(train, *(jm.episodes(images, 5, 1, 15) for images in (splits.valid, splits.test)), shape)
+    return Problem(train, jm.episodes(splits.valid, 5, 1, 15), jm.episodes(splits.test, 5, 1, 15), shape)
 
 
 def small(images: jm.Images) -> jm.Images:
@@ -84,7 +84,7 @@ def fixed(model: jm.Model, testing: bool) -> jm.MetaLearner:
 
 def searching(model: jm.Model, turns: int, alone: int, *, testing: bool, threshold: float) -> jm.MetaLearner:
     """Reptile of a supernet whose alphas and weights take turns, then weights alone."""
-    parts = {
+    parts: Any = {
         "w": optax.adam(INNER_RATE, b1=0.0),
         "alpha": optax.chain(optax.add_decayed_weights(DECAY), optax.adam(INNER_RATE, b1=0.0)),
     }

@@ -29,7 +29,7 @@ AGREE = 1e-6  # of the distances that parameters go in float64, relative to the 
 def learner_of(args: argparse.Namespace) -> jm.MetaLearner:
     """MetaNAS with all of the support set at each step and an inner optimiser that begins anew."""
     net = jm.supernet(5, cells=args.cells, channels=args.channels, reductions=tuple(args.reductions))
-    parts = {
+    parts: Any = {
         "w": optax.adam(RATE, b1=0.0),
         "alpha": optax.chain(optax.add_decayed_weights(DECAY), optax.adam(RATE, b1=0.0)),
     }

@@ -96,7 +96,7 @@ def make_outer(config: Config) -> optax.GradientTransformation:
         return falling.get(config.outer_schedule, start)
 
     if config.method == "metanas":
-        parts = {"w": optax.sgd(rate(config.outer_rate)), "alpha": optax.sgd(rate(config.alpha_rate))}
+        parts: Any = {"w": optax.sgd(rate(config.outer_rate)), "alpha": optax.sgd(rate(config.alpha_rate))}
         return on_params(optax.partition(parts, top_level))
     return (optax.sgd if config.method == "reptile" else optax.adam)(rate(config.outer_rate))
 
@@ -202,7 +202,7 @@ def _make_metanas(config: Config, steps: int | None, masked: Pattern | None) -> 
     if config.genotype is not None:
         raise ValueError("genotype: method metanas searches for one; train a genotype's network by method maml or reptile.")
     model = make_model(config)
-    parts = {
+    parts: Any = {
         "w": optax.adam(config.inner_rate, b1=0.0),
         "alpha": optax.chain(optax.add_decayed_weights(ALPHA_DECAY), optax.adam(config.inner_rate, b1=0.0)),
     }

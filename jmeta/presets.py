@@ -273,4 +273,5 @@ def from_dict(stored: Any, where: str | Path) -> Config:
         raise ValueError(f"run: {where} is one of pre-training; test it by `jmeta eval RUN --protocol continual` or transfer.")
     if not isinstance(stored, dict) or not set(stored) <= names or "method" not in stored:
         raise ValueError(f"run: {where} was not made by `jmeta train`, so its learner is not known; give load(..., learner=).")
-    return Config(**{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()})
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
+    return Config(**values)

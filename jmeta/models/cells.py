@@ -72,7 +72,7 @@ def _dense(params: Any, kernels: _Kernels) -> jax.Array:
 
 def convolve_same(x: jax.Array, kernel: jax.Array, stride: int = 1, dilation: int = 1) -> jax.Array:
     """A convolution that keeps the size of the map for stride 1."""
-    sides = [(dilation * (size // 2),) * 2 for size in kernel.shape[:2]]
+    sides = [(dilation * (size // 2), dilation * (size // 2)) for size in kernel.shape[:2]]
     return task_conv(x, kernel, (stride, stride), sides, rhs_dilation=(dilation, dilation))
 
 

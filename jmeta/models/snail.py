@@ -194,7 +194,8 @@ def snail_net(
         q = embed(params, x, known["stats"])
         q = jnp.concatenate([q, jnp.zeros((len(q), ways), q.dtype)], -1)
         for number in range(1, len(attention) + 1):
-            q = _read(params[f"attention{number}"], *known[f"attention{number}"], known["mask"], q)
+            keys, values = known[f"attention{number}"]
+            q = _read(params[f"attention{number}"], keys, values, known["mask"], q)
             for place in range(len(steps) if number < len(attention) else 0):
                 past = jnp.broadcast_to(known[f"temporal{number}/{place}"], q.shape)
                 q = _gated(params[f"temporal{number}"][f"dense{place}"], past, q)

@@ -337,11 +337,11 @@ def _moved(name: str, old: Any, new: Any, before: Edges, after: Edges) -> Any:
         found = known[path]
         kind = next((kind for kind in KINDS if kind in keys[:-1] and "alpha" not in keys), None)
         if kind is not None:
-            found = found[_places(name, found, keys[keys.index(kind) + 1], before[kind], after[kind])]
+            op = str(keys[keys.index(kind) + 1])
+            found = found[_places(name, found, op, before[kind], after[kind])]
         if found.shape != leaf.shape:
-            raise ValueError(
-                f"{name}: {where} has shape {found.shape}, but the network to fill has {leaf.shape}; give both one size."
-            )
+            both = f"has shape {found.shape}, but the network to fill has {leaf.shape}"
+            raise ValueError(f"{name}: {where} {both}; give it the same sizes.")
         return found
 
     return jax.tree_util.tree_map_with_path(one, new)

@@ -1,5 +1,7 @@
 """Learners that compare, against their formulas."""
 
+from typing import Any
+
 import chex
 import jax.numpy as jnp
 import numpy as np
@@ -77,7 +79,7 @@ def test_one_theta_serves_any_number_of_ways(key, make):
 
 
 def test_support_statistics_serve_the_queries(key):
-    model = jm.mlp(4, hidden=(8,), shape=(6,), norm="support")
+    model: Any = jm.mlp(4, hidden=(8,), shape=(6,), norm="support")
     learner = jm.protonet(model, ways=3)
     theta, task = learner.init(key), toys.blobs().sample(key, ())
     phi = learner.adapt(key, theta, task.support)

@@ -42,7 +42,7 @@ def test_masked_examples_are_not_looked_at(key):
         learner.predict(learner.adapt(key, theta, task.support._replace(x=x, mask=mask)), task.query.x)
         for x in (task.support.x, other)
     ]
-    np.testing.assert_allclose(*outputs, atol=1e-6)
+    np.testing.assert_allclose(outputs[0], outputs[1], atol=1e-6)
 
 
 def test_the_order_of_examples_is_drawn(key):

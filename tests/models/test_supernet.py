@@ -1,5 +1,7 @@
 """The supernet against one written edge by edge, its derived networks, and what pruning leaves of it."""
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -173,7 +175,7 @@ def test_near_temperature_zero_it_is_its_derived_network(key):
         chex.assert_trees_all_equal_shapes(plain, derived.init(key))
         np.testing.assert_allclose(derived.apply(plain, x), model.apply(cold, x), rtol=1e-9)
         assert not np.allclose(model.apply(params, x), model.apply(cold, x), rtol=1e-3)
-        with pytest.raises(ValueError, match="discretise: the supernet has no .*even.*Usual cause: other sizes"):
+        with pytest.raises(ValueError, match=r"discretise: the supernet has no .*reduce.*Usual cause: other sizes"):
             jm.discretise(params, found, jm.derive(found, 3, **{**sizes, "reductions": (0, 1)}))
 
 
@@ -276,7 +278,7 @@ def _tasks():
 def test_metanas_is_a_composition(key):
     """Reptile on both, with rates of their own; alphas and weights take turns, which is a pattern; a zap is one more part."""
     net = jm.supernet(3, cells=2, nodes=1, channels=2, shape=(8, 8, 1))
-    adam = {name: optax.adam(0.01, b1=0.0) for name in ("alpha", "w")}
+    adam: Any = {name: optax.adam(0.01, b1=0.0) for name in ("alpha", "w")}
     turns = jm.lambda_mask([[1, 0], [0, 1]] * 2, optax.partition(adam, jm.top_level), labels=("alpha", "w"))
     rule = jm.chain(jm.zap("w/head", which="all"), jm.mix(jm.anneal(1.0, 0.1, 2, every=2), threshold=0.01), turns)
     learner = jm.reptile(net, jm.xent, rule, jm.minibatches(4, 4), unroll=False, carry_state=True)

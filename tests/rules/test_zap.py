@@ -129,6 +129,6 @@ def test_a_layer_is_found_by_its_path_or_by_a_name_with_a_slash(key):
     for layer, other in (("w/head", "net/head"), ("net/head", "w")):
         moved = jm.zap_layer(key, params, layer)
         chex.assert_trees_all_equal(moved[other], params[other])
-        assert not jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).any()), moved, params)) == [True, True]
+        assert jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).any()), moved, params)) != [True, True]
     with pytest.raises(ValueError, match="zap: 'w/tail' is not a layer of the parameters; they have head"):
         jm.zap_layer(key, params, "w/tail")
