@@ -44,11 +44,8 @@ from jmeta.tasks.images import Images, Splits
 from jmeta.tasks.omniglot import omniglot
 from jmeta.tasks.sinusoid import sinusoid
 
-HOTTEST, COLDEST, COLDEST_IN_TRAINING = (
-    1.0,
-    0.1,
-    0.05,
-)  # temperatures of a supernet's mixture, and, below, its soft pruning and decay, as in the paper's code
+# Temperatures of a supernet's mixture, its soft pruning and the decay of its alphas, as in the paper's code for Omniglot.
+HOTTEST, COLDEST, COLDEST_IN_TRAINING = 1.0, 0.1, 0.05
 TRAIN_THRESHOLD, TEST_THRESHOLD = 0.01, 0.05
 ALPHA_DECAY = 1e-3
 COMPARING = ("protonet", "matching", "ridge", "snail")  # methods without inner steps
@@ -126,7 +123,7 @@ def make_masked(config: Config, steps: int | None, masked: Pattern | None) -> Me
     model, data = make_model(config), _seen(config, steps)
     if masked is not None and data.steps and not is_traced(masked.rows) and not any(map(any, masked.rows[: data.steps])):
         raise ValueError(f"pattern: {masked} updates nothing within {data.steps} inner steps, so no task would be learned.")
-    if masked is not None and config.method in ("anil", "boil"):
+    if masked is not None and config.method in ("anil", "boil", "cavia"):
         raise ValueError(f"pattern: method {config.method} is a pattern itself; use method maml with pattern head or body.")
     unroll = config.unroll if steps is None else None
     loss = losses.mse if config.dataset == "sinusoid" else losses.xent
@@ -142,23 +139,22 @@ def make_masked(config: Config, steps: int | None, masked: Pattern | None) -> Me
     }
     rule = others.get(config.method, lambda: rule)()
     rule = rule if masked is None else lambda_mask(masked, rule)
-    how: dict[str, Any] = {"unroll": unroll}
     if config.method == "reptile":  # under a pattern the state would be of other groups of layers
-        return reptile(model, loss, rule, data, carry_state=masked is None, **how)
+        return reptile(model, loss, rule, data, carry_state=masked is None, unroll=unroll)
     if config.method == "imaml":
-        return imaml(model, loss, rule, data, strength=config.strength, **how)
+        return imaml(model, loss, rule, data, strength=config.strength, unroll=unroll)
     if config.method == "maml++":
-        return _plus_plus(config, model, loss, rule, data, **how)
+        return _plus_plus(config, model, loss, rule, data, unroll)
     make = {"anil": anil, "boil": boil, "cavia": cavia}.get(config.method, maml)
     order = 1 if config.method == "fomaml" else 2
     return make(model, loss, rule, data, order=order, unroll=unroll)
 
 
-def _plus_plus(config: Config, model: Model, loss: Callable, rule: Any, data: Data, **how: Any) -> MetaLearner:
-    """MAML++ with a rule that may be masked; in tests of other steps the last one's loss alone would count."""
+def _plus_plus(config: Config, model: Model, loss: Callable, rule: Any, data: Data, unroll: bool | None) -> MetaLearner:
+    """MAML++ with a rule that may be masked."""
     _check_warmup(config)
-    weights = step_weights(max(data.steps, 1), epoch=max(1, config.steps // EPOCHS)) if data.steps else None
-    made = [maml(model, loss, rule, data, order=order, step_weights=weights, **how) for order in (1, 2)]
+    weights = step_weights(data.steps, epoch=max(1, config.steps // EPOCHS)) if data.steps else None
+    made = [maml(model, loss, rule, data, order=order, step_weights=weights, unroll=unroll) for order in (1, 2)]
     return switch(*made, at=(config.warmup,)) if config.warmup else made[1]
 
 
@@ -216,9 +212,10 @@ def _make_metanas(config: Config, steps: int | None, masked: Pattern | None) -> 
 
     if steps is not None:
         return learner(steps // 2, steps - steps // 2, TEST_THRESHOLD, COLDEST)
-    searching = learner(config.inner_steps, 0, TRAIN_THRESHOLD, COLDEST_IN_TRAINING)
-    both = switch(learner(0, config.inner_steps, TRAIN_THRESHOLD, HOTTEST), searching, at=(config.warmup,))
-    return watched(both if config.warmup else searching, shares)
+    trained = learner(config.inner_steps, 0, TRAIN_THRESHOLD, COLDEST_IN_TRAINING)
+    if config.warmup:
+        trained = switch(learner(0, config.inner_steps, TRAIN_THRESHOLD, HOTTEST), trained, at=(config.warmup,))
+    return watched(trained, shares)
 
 
 def _check_warmup(config: Config) -> None:

@@ -1,5 +1,6 @@
 """What the tests share."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -15,7 +16,18 @@ flags = ["--xla_cpu_parallel_codegen_split_count=1"]  # small programs compile f
 if jax.__version_info__ < (0, 12):  # unknown later
     flags.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
+MOST_MAPPINGS = 25_000
 jax.config.update("jax_num_cpu_devices", 2)  # for the tests of meshes; all else runs on the first
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_mappings():
+    """Forgets compiled programs before they hold as many memory mappings as Linux allows a process (65,530): XLA would crash."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and len(mappings.read_bytes().splitlines()) > MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

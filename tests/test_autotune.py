@@ -249,7 +249,9 @@ def test_runs_of_minutes_and_less_are_not_tuned():
         return commands._work(config, params) >= commands.TUNED_FROM
 
     long = {name for name, config in presets.PRESETS.items() if is_long(config)}
-    assert long == {name for name in presets.PRESETS if "omniglot" in name}
+    one_pass = {name for name, config in presets.PRESETS.items() if config.method in ("protonet", "matching", "ridge")}
+    small = {"metanas-omniglot-5w1s"}
+    assert long == {name for name in presets.PRESETS if "omniglot" in name} - one_pass - small
 
 
 def _run(folder, *args, **environment):

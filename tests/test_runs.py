@@ -10,7 +10,8 @@ import pytest
 
 import jmeta as jm
 from jmeta import checkpoint
-from jmeta.presets import Config, make_learner
+from jmeta.builders import make_learner
+from jmeta.presets import Config
 
 CONFIG = Config(filters=4)
 

@@ -49,8 +49,11 @@ def step_weights(steps: int, *, epochs: int = 10, epoch: int = 500) -> StepWeigh
       ValueError: a number is below 1.
 
     >>> weights = step_weights(5, epochs=10)
-    >>> [weights(step).round(3).tolist()[::4] for step in (0, 2500, 5000)]
-    [[0.2, 0.2], [0.1, 0.6], [0.0, 1.0]]
+    >>> for step in (0, 2500, 5000):
+    ...     print(" ".join(f"{weight:.1f}" for weight in weights(step)))
+    0.2 0.2 0.2 0.2 0.2
+    0.1 0.1 0.1 0.1 0.6
+    0.0 0.0 0.0 0.0 1.0
     """
     if min(steps, epochs, epoch) < 1:
         raise ValueError(f"step_weights: steps, epochs and epoch must be at least 1, got {steps}, {epochs} and {epoch}.")

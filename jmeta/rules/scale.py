@@ -18,6 +18,7 @@ References:
 Differs from the papers in: `sparse` starts with every parameter adapted, where the paper draws alpha at random.
 """
 
+import functools
 import math
 from collections.abc import Collection, Sequence
 from typing import Any, Literal, NamedTuple
@@ -28,6 +29,7 @@ import optax
 from jax.core import Tracer
 
 from jmeta.core import Rule, chain, memoise
+from jmeta.rules.layers import layer_of, with_layers
 from jmeta.rules.patterns import Pattern, checked, is_traced, static_rows
 
 
@@ -36,7 +38,7 @@ def only(layers: str | tuple[str, ...], rule: Rule | optax.GradientTransformatio
     """Adapts the named layers with `rule` and leaves the others as they are, at no cost.
 
     Args:
-      layers: a name, or several, at the top level of the parameters.
+      layers: a name, or several, at the top level of the parameters, or paths such as "w/head".
       rule: how those layers are adapted; its resets, gates and updates change them alone.
 
     Returns:
@@ -53,22 +55,15 @@ def only(layers: str | tuple[str, ...], rule: Rule | optax.GradientTransformatio
     """
     names = (layers,) if isinstance(layers, str) else tuple(layers)
 
-    def check(params):
-        unknown = [name for name in names if name not in params]
-        if unknown:
-            raise ValueError(f"only: layers {unknown} are not among the parameters, whose top level is {list(params)}.")
-
     def label(params):
-        check(params)
-        sides = {name: "adapted" if name in names else "frozen" for name in params}
-        return {name: jax.tree.map(lambda _, side=side: side, params[name]) for name, side in sides.items()}
+        frozen = jax.tree.map(lambda _: "frozen", params)
+        return with_layers(frozen, {name: jax.tree.map(lambda _: "adapted", layer_of(params, name, "only")) for name in names})
 
     inner = chain(rule)
     update = optax.partition({"adapted": inner.update, "frozen": optax.set_to_zero()}, label)
 
     def among(params, changed):
-        check(params)
-        return {**params, **{name: changed[name] for name in names}}
+        return with_layers(params, {name: layer_of(changed, name, "only") for name in names})
 
     return inner._replace(
         name="only",
@@ -136,7 +131,8 @@ def lambda_mask(
         beyond the last row repeat it. Numbers that are traced (an argument under `jit` or `vmap`) give the same results but save
         no work; in rows of tuples, columns of plain zeros still do.
       optimizer: how the layers are adapted. The resets and gates of a rule are not masked.
-      labels: the top-level names of the parameters that the columns stand for. If None those of the pattern, or the model's.
+      labels: the names of the layers that the columns stand for, at the top level of the parameters or paths such as "w/head". If
+        None those of the pattern, or the model's.
 
     Returns:
       A rule. Its meta-parameters are those of `optimizer`, under the same names.
@@ -207,14 +203,15 @@ def _static(part: Rule, rows: tuple[tuple[float, ...], ...], names: tuple[str, .
     def update(updates, state, params=None, **context):
         row, own = context.pop("phase", None) or phase(context.get("step", 0))
         layers = _columns(names or context.get("layers"), len(row), updates, context.get("layers"))
-        given = dict(updates) | {name: _zeros(updates[name]) for name, value in zip(layers, row, strict=True) if not value}
+        frozen = [name for name, value in zip(layers, row, strict=True) if not value]
+        given = with_layers(updates, {name: _zeros(_layer(updates, name)) for name in frozen})
         new, state = _zeros(updates), dict(state)
         for group in sorted({group for value, group in zip(row, group_of, strict=True) if value}):
             mine = {name: value for name, value, each in zip(layers, row, group_of, strict=True) if each == group}
             moved: Any
             moved, changed = part.update.update(given, state[group], params, phase=own, **context)
             state[group] = _where(_slots(part, state[group], updates, mine), changed, state[group])
-            new |= {name: _times(value if last else 1, moved[name]) for name, value in mine.items()}
+            new = with_layers(new, {name: _times(value if last else 1, _layer(moved, name)) for name, value in mine.items()})
         return new, state
 
     return part._replace(update=optax.GradientTransformationExtraArgs(init, update), phase=phase)
@@ -222,7 +219,8 @@ def _static(part: Rule, rows: tuple[tuple[float, ...], ...], names: tuple[str, .
 
 def _slots(part: Rule, state: Any, params: Any, mine: Collection[str]) -> Any:
     """Which leaves of an optimiser's state are of these layers, or of none: a tree of bools. All, where it does not tell."""
-    which = {name: jax.tree.map(lambda _, own=name in mine: own, layer) for name, layer in params.items()}
+    others = jax.tree.map(lambda _: False, params)
+    which = with_layers(others, {name: jax.tree.map(lambda _: True, _layer(params, name)) for name in mine})
     try:
         return optax.tree.map_params(part.update, lambda _, own: own, state, which, transform_non_params=lambda _: True)
     except (KeyError, TypeError, ValueError, AttributeError):  # an init that looks into the parameters
@@ -244,17 +242,18 @@ class _TracedUpdate(NamedTuple):
         values, moves = self.rows
         row = values[jnp.minimum(step, values.shape[0] - 1)]
         layers = _columns(self.names or context.get("layers"), len(row), updates, context.get("layers"))
-        given = _zeros(updates)
-        given |= {name: _where(v != 0, updates[name], given[name]) for name, v, may in zip(layers, row, moves, strict=True) if may}
-        new, states = _zeros(updates), []
+        own_of, zeros = functools.partial(_layer, updates), _zeros(updates)
+        may_move = [(name, value) for name, value, may in zip(layers, row, moves, strict=True) if may]
+        given = with_layers(zeros, {name: _where(v != 0, own_of(name), _layer(zeros, name)) for name, v in may_move})
+        new, states = zeros, []
         for name, value, own, may in zip(layers, row, state, moves, strict=True):
             if not may:
                 states.append(own)
                 continue
             moved: Any
             moved, changed = self.part.update.update(given, own, params, step=step, **context)
-            scaled = _times(value, moved[name]) if self.last else moved[name]
-            new[name] = _where(value != 0, scaled, _zeros(scaled))
+            scaled = _times(value, _layer(moved, name)) if self.last else _layer(moved, name)
+            new = with_layers(new, {name: _where(value != 0, scaled, _zeros(scaled))})
             states.append(_where(value != 0, changed, own))
         return new, tuple(states)
 
@@ -277,12 +276,27 @@ def _columns(names: Sequence[str] | None, count: int, params: Any, layers: Seque
             "lambda_mask: the model has no layer names, so the pattern's columns have no meaning. Usual cause: a hand-made Model; "
             f"give it layers=(...) in forward order, or lambda_mask labels=(...), of {', '.join(params)}."
         )
-    if len(names) != count or set(names) != set(params):
+    if len(names) != count or not _covers(names, params):
         raise ValueError(
             f"lambda_mask: the pattern has {count} columns for the layers {', '.join(names)}; the parameters have {len(params)}, "
             f"{', '.join(layers or params)}. Usual cause: a pattern made for another network."
         )
     return names
+
+
+def _covers(names: Sequence[str], params: Any) -> bool:
+    """Whether every parameter is in one of the layers, and in no other."""
+    count = jax.tree.map(lambda _: 0, params)
+    try:
+        for name in names:
+            count = with_layers(count, {name: jax.tree.map(lambda times: times + 1, _layer(count, name))})
+    except ValueError:
+        return False
+    return all(times == 1 for times in jax.tree.leaves(count))
+
+
+def _layer(tree: Any, name: str) -> Any:
+    return layer_of(tree, name, "lambda_mask")
 
 
 def _zeros(tree: Any) -> Any:

@@ -21,13 +21,14 @@ Differs from the papers in: `later_layers` draws what the model's own initialisa
 import functools
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from jmeta.core import Model, Params, Rule, memoise
+from jmeta.rules.layers import layer_of, with_layers
 
 Init = Literal["he_normal", "official_iid"] | Callable[..., jax.Array]
 
@@ -152,13 +153,7 @@ def zap_layer(
         return drawn if len(columns) == units else jnp.zeros_like(leaf).at[..., columns].set(drawn)
 
     masks, fresh = (jax.tree_util.tree_map_with_path(each, layer_params) for each in (one, draw))
-    return _with(params, _path(params, layer), reset_where(layer_params, masks, fresh))
-
-
-def _with(params: Params, path: list[str], layer: Any) -> Params:
-    """The parameters with another layer at the end of a path."""
-    first, *rest = path
-    return {**params, first: _with(params[first], rest, layer) if rest else layer}
+    return with_layers(params, {layer: reset_where(layer_params, masks, fresh)})
 
 
 @memoise
@@ -211,19 +206,9 @@ def _check_init(init: Any) -> None:
         raise ValueError(f"zap: init must be 'he_normal', 'official_iid' or a function of key, shape and type, got {init!r}.")
 
 
-def _path(params: Params, layer: str) -> list[str]:
-    """The names that lead to a layer; one at the top level may hold slashes itself."""
-    return [layer] if layer in params else layer.split("/")
-
-
 def _check_layer(params: Params, layer: str) -> Params:
     """The parameters of the layer."""
-    own: Any = params
-    for name in _path(params, layer):
-        if not isinstance(own, Mapping) or name not in own:
-            there = ", ".join(own) if isinstance(own, Mapping) else "nothing below"
-            raise ValueError(f"zap: {layer!r} is not a layer of the parameters; they have {there}.")
-        own = own[name]
+    own = layer_of(params, layer, "zap")
     _units(own)
     mine = [id(leaf) for leaf in jax.tree.leaves(own)]
     everywhere = [

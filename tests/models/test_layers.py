@@ -26,8 +26,19 @@ def test_task_conv_is_the_convolution(key, padding, stride):
 
 def test_task_conv_refuses_what_it_cannot_do(key):
     x, kernel = jnp.zeros((1, 8, 8, 2)), jnp.zeros((3, 3, 2, 4))
-    with pytest.raises(NotImplementedError, match="dilation"):
-        task_conv(x, kernel, (1, 1), "SAME", rhs_dilation=(2, 2))
+    for options in ({"lhs_dilation": (2, 2)}, {"feature_group_count": 2}):
+        with pytest.raises(NotImplementedError, match="dilated images and feature groups are not supported"):
+            task_conv(x, kernel, (1, 1), "SAME", **options)
+
+
+@pytest.mark.parametrize("strides", [(1, 1), (2, 1)])
+@pytest.mark.parametrize("padding", ["SAME", "VALID", ((2, 2), (1, 3))])
+def test_task_conv_dilates_kernels_as_xla_does(key, strides, padding):
+    x, kernel = jax.random.normal(key, (2, 9, 8, 3)), jax.random.normal(key, (3, 2, 3, 4))
+    expected = jax.lax.conv_general_dilated(
+        x, kernel, strides, padding, rhs_dilation=(2, 3), dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    np.testing.assert_allclose(task_conv(x, kernel, strides, padding, rhs_dilation=(2, 3)), expected, atol=1e-4)
 
 
 def test_no_network_keeps_a_grouped_convolution(key):

@@ -344,3 +344,36 @@ def test_a_state_that_goes_on_is_that_of_its_layers(key):
     for other in (learner([[1, 1, 0], [0, 0, 1]], names), learner([[1, 0, 0], [0, 1, 1]], names[::-1])):
         with pytest.raises(ValueError, match="carry_state: theta carries a state of another inner optimiser"):
             other.adapt(key, theta, support)
+
+
+def test_columns_may_be_layers_further_down():
+    """By paths, with the numbers that the same layers have at the top."""
+    adam: Any = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(1e-2))
+    rows = [[1, 0, 1], [0, 0.5, 0], [1, 1, 0]]
+    flat = {"alpha": jnp.ones(2), "body": jnp.ones((2, 2)), "head": jnp.ones(1)}
+    deep = {"alpha": flat["alpha"], "w": {"body": flat["body"], "head": flat["head"]}}
+    rules: Any = [jm.lambda_mask(rows, adam, labels=("alpha", *below)) for below in (("body", "head"), ("w/body", "w/head"))]
+    states = [rule.update.init(params) for rule, params in zip(rules, (flat, deep), strict=True)]
+    for step in range(4):
+        made = []
+        for number, (rule, params) in enumerate(zip(rules, (flat, deep), strict=True)):
+            grads = jax.tree.map(lambda leaf, step=step: leaf * (0.3 + step), params)
+            updates, states[number] = rule.update.update(grads, states[number], params, step=step, phase=rule.phase(step))
+            made.append(updates)
+        assert _equal(made[0], {"alpha": made[1]["alpha"], **made[1]["w"]})
+    traced: Any = jm.lambda_mask(jnp.array(rows), optax.sgd(0.1), labels=("alpha", "w/body", "w/head"))
+    updates = traced.update.update(deep, traced.update.init(deep), deep, step=1)[0]
+    np.testing.assert_allclose(updates["w"]["body"], -0.05, rtol=1e-6)
+    np.testing.assert_array_equal(updates["w"]["head"], 0)
+    only: Any = jm.only("w/head", optax.sgd(0.1))
+    updates = only.update.update(deep, only.update.init(deep), deep)[0]
+    np.testing.assert_array_equal(updates["w"]["body"], 0)
+    np.testing.assert_allclose(updates["w"]["head"], -0.1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("labels", [("alpha", "w/body"), ("alpha", "w", "w/head"), ("alpha", "w/body", "w/tail")])
+def test_columns_must_hold_every_parameter_once(labels):
+    params = {"alpha": jnp.ones(2), "w": {"body": jnp.ones(2), "head": jnp.ones(1)}}
+    rule: Any = jm.lambda_mask([[1] * len(labels)], optax.sgd(0.1), labels=labels)
+    with pytest.raises(ValueError, match="Usual cause: a pattern made for another network"):
+        rule.update.update(params, rule.update.init(params), params, phase=rule.phase(0))
