@@ -554,8 +554,9 @@ def derive(run: Annotated[str, tyro.conf.Positional], *, out: str | None = None)
             print(f"{kind} node {number}: {', '.join(f'{op} of input {source}' for op, source in choices)}")
     print(f"{sizes[1]:,} parameters at the width of the supernet, which has {sizes[0]:,}")
     halving = "" if config.reductions is None else f" --reductions {' '.join(map(str, config.reductions))}"
-    data = f"{config.dataset}-{config.ways}w{config.shots}s"
-    print(f"jmeta train reptile-{data} --genotype {path} --cells {config.cells}{halving} --filters {config.filters}   trains it")
+    data = f"--dataset {config.dataset} --ways {config.ways} --shots {config.shots}"
+    cells = f"--genotype {path} --cells {config.cells}{halving} --filters {config.filters}"
+    print(f"jmeta train reptile-omniglot-5w1s {data} {cells}   trains it")
     return path
 
 

@@ -62,7 +62,8 @@ def test_its_cells_are_drawn_and_its_architecture_is_kept(run, capsys):
     assert list(json.loads(paths[0].read_text())) == ["meta-model", "task 1", "task 2"]
     path = commands.derive(str(run))
     assert jm.load_genotype(path) == jm.genotype(jm.load(run)[1].params)
-    assert "parameters at the width of the supernet" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "parameters at the width of the supernet" in told and f"--genotype {path} --cells 1 --reductions 0 --filters 2" in told
     config = builders.with_genotype(dataclasses.replace(SMALL, method="fomaml", genotype=str(path)))
     path.unlink()
     theta = jax.eval_shape(builders.make_learner(config).init, jax.random.key(0))
