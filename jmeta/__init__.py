@@ -120,6 +120,7 @@ from jmeta.tasks.images import split_classes as split_classes
 from jmeta.tasks.images import split_images as split_images
 from jmeta.tasks.images import take_classes as take_classes
 from jmeta.tasks.omniglot import omniglot as omniglot
+from jmeta.tasks.photographs import photographs as photographs
 from jmeta.tasks.sinusoid import sinusoid as sinusoid
 from jmeta.tasks.streams import labelled as labelled
 from jmeta.tasks.streams import streams as streams

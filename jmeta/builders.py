@@ -27,11 +27,11 @@ from jmeta.learners.metric import matching, protonet, ridge
 from jmeta.learners.reptile import reptile
 from jmeta.learners.snail import snail
 from jmeta.models.adapters import mixed
-from jmeta.models.backbones import conv4, mlp
+from jmeta.models.backbones import conv4, mlp, resnet12
 from jmeta.models.cells import CellNorm
 from jmeta.models.snail import snail_net
 from jmeta.models.supernet import derive, supernet
-from jmeta.presets import IMAGE_SIZE, Config
+from jmeta.presets import PHOTOGRAPHS, SHAPES, Config
 from jmeta.rules.architecture import anneal, mix
 from jmeta.rules.outer import on_params, top_level
 from jmeta.rules.patterns import Pattern, is_traced, pattern
@@ -42,20 +42,24 @@ from jmeta.tasks.feeds import minibatches, repeat
 from jmeta.tasks.glyphs import glyphs
 from jmeta.tasks.images import Images, Splits
 from jmeta.tasks.omniglot import omniglot
+from jmeta.tasks.photographs import photographs
 from jmeta.tasks.sinusoid import sinusoid
 
-# Temperatures of a supernet's mixture, its soft pruning and the decay of its alphas, as in the paper's code for Omniglot.
+# Temperatures of a supernet's mixture (the third for drawings alone), its soft pruning and the decay of its alphas, as in the
+# paper's code.
 HOTTEST, COLDEST, COLDEST_IN_TRAINING = 1.0, 0.1, 0.05
 TRAIN_THRESHOLD, TEST_THRESHOLD = 0.01, 0.05
 ALPHA_DECAY = 1e-3
 COMPARING = ("protonet", "matching", "ridge", "snail")  # methods without inner steps
+SNAIL_WIDTHS = (64, 96, 128, 256)  # of its embedding's blocks for photographs
 EPOCHS = 100  # of a run of maml++, whose losses after early steps count in the first ten
 
 
 @memoise
 def make_model(config: Config) -> Model:
     """The network of a configuration: an MLP of 40-40 for sine waves; conv4, a supernet or the cells of a genotype for images."""
-    shape = (IMAGE_SIZE, IMAGE_SIZE, 1)
+    shape = SHAPES.get(config.dataset, ())
+    pool = config.dataset == "colour84"
     if config.dataset == "sinusoid":
         if config.genotype is not None or config.method in ("metanas", "cavia", *COMPARING):
             raise ValueError(f"train: method {config.method}{' with a genotype' * (config.genotype is not None)} is for images.")
@@ -71,18 +75,20 @@ def make_model(config: Config) -> Model:
         else:
             model = derive(find_genotype(config.genotype), config.ways, shape=shape, **sizes)
     elif config.method == "cavia":
-        net = functools.partial(conv4, config.ways, filters=config.filters, norm=config.norm)
+        net = functools.partial(conv4, config.ways, filters=config.filters, pool=pool, norm=config.norm)
         model = with_context(lambda shape: net(shape=(shape[0], shape[1], shape[2])), shape, config.context)
+    elif config.method == "snail" and pool:
+        model = resnet12(config.filters, widths=SNAIL_WIDTHS, shape=shape, norm=config.norm)
     elif config.method in COMPARING:
         outputs = config.filters if config.method == "snail" else None
         model = conv4(outputs, filters=config.filters, pool=True, shape=shape, norm=config.norm)
     else:
-        model = conv4(config.ways, filters=config.filters, shape=shape, norm=config.norm)
+        model = conv4(config.ways, filters=config.filters, pool=pool, shape=shape, norm=config.norm)
     return model if config.precision == "float32" else mixed(model, config.precision)
 
 
 def make_outer(config: Config) -> optax.GradientTransformation:
-    """Adam, with the rate of a configuration; for reptile and metanas plain steps."""
+    """Adam, with the rate of a configuration, behind its clipping; for reptile and metanas plain steps."""
 
     def rate(start: float) -> Any:
         steps = max(config.steps, 1)
@@ -95,7 +101,8 @@ def make_outer(config: Config) -> optax.GradientTransformation:
     if config.method == "metanas":
         parts: Any = {"w": optax.sgd(rate(config.outer_rate)), "alpha": optax.sgd(rate(config.alpha_rate))}
         return on_params(optax.partition(parts, top_level))
-    return (optax.sgd if config.method == "reptile" else optax.adam)(rate(config.outer_rate))
+    outer = (optax.sgd if config.method == "reptile" else optax.adam)(rate(config.outer_rate))
+    return outer if config.clip is None else optax.chain(optax.clip(config.clip), outer)
 
 
 @memoise
@@ -212,7 +219,8 @@ def _make_metanas(config: Config, steps: int | None, masked: Pattern | None) -> 
 
     if steps is not None:
         return learner(steps // 2, steps - steps // 2, TEST_THRESHOLD, COLDEST)
-    trained = learner(config.inner_steps, 0, TRAIN_THRESHOLD, COLDEST_IN_TRAINING)
+    coldest = COLDEST if config.dataset in PHOTOGRAPHS else COLDEST_IN_TRAINING
+    trained = learner(config.inner_steps, 0, TRAIN_THRESHOLD, coldest)
     if config.warmup:
         trained = switch(learner(0, config.inner_steps, TRAIN_THRESHOLD, HOTTEST), trained, at=(config.warmup,))
     return watched(trained, shares)
@@ -264,10 +272,17 @@ def find_genotype(given: str) -> Genotype:
 def make_splits(config: Config) -> Splits | None:
     """The image classes of a configuration, None for sine waves."""
     if config.dataset == "glyphs":
-        return glyphs(size=IMAGE_SIZE, seed=config.seed)
+        return glyphs(size=SHAPES["glyphs"][0], seed=config.seed)
     if config.dataset == "omniglot":
         rotate = None if config.rotate else False
-        return omniglot(config.source, split=config.split, rotate=rotate, size=IMAGE_SIZE, seed=config.seed)
+        return omniglot(config.source, split=config.split, rotate=rotate, size=SHAPES["omniglot"][0], seed=config.seed)
+    if config.dataset in PHOTOGRAPHS:
+        if config.source is None:
+            raise ValueError(f"train: dataset {config.dataset} needs --source, an .npz file or a folder of pictures a class.")
+        size, _, channels = SHAPES[config.dataset]
+        return photographs(
+            config.source, size=size, channels=channels, classes=config.classes, without=config.without, seed=config.seed
+        )
     return None
 
 
@@ -288,6 +303,11 @@ class Problem(NamedTuple):
     metric_name: str
 
 
+def unseen(config: Config, images: Images) -> Tasks:
+    """Episodes of tests and validation."""
+    return episodes(images, config.ways, config.shots, config.test_queries)
+
+
 def make_problem(config: Config) -> Problem:
     """Loads the data of a configuration and checks that its episodes can be drawn."""
     splits = make_splits(config)
@@ -295,10 +315,7 @@ def make_problem(config: Config) -> Problem:
         test = sinusoid(config.shots, config.test_queries)
         return Problem(sinusoid(config.shots, config.queries), None, test, (), losses.mse, "mse")
 
-    def draw(images: Images) -> Tasks:
-        return episodes(images, config.ways, config.shots, config.test_queries)
-
-    valid = None if splits.valid is None or not config.validate_every else draw(splits.valid)
+    valid = None if splits.valid is None or not config.validate_every else unseen(config, splits.valid)
     ways = config.train_ways or config.ways if config.method in COMPARING and config.method != "snail" else config.ways
     train = episodes(splits.train, ways, config.train_shots or config.shots, config.queries)
-    return Problem(train, valid, draw(splits.test), splits.train.names, losses.accuracy, "accuracy")
+    return Problem(train, valid, unseen(config, splits.test), splits.train.names, losses.accuracy, "accuracy")

@@ -385,7 +385,8 @@ def adapt(
       support: a folder a class, with a few pictures each; at most as many classes as the run was trained for.
       query: pictures to classify, in one folder or in a folder a class (the share of right ones is then printed).
       out: JSON file to write; a new one in the run's folder if not given.
-      ink: whether drawings are dark on light paper, light on dark, or to be told by the brightness of the support's borders.
+      ink: whether drawings are dark on light paper, light on dark, or to be told by the brightness of the support's borders;
+        photographs are taken as they are, unless "dark" is given.
       pattern: layers that adapt at each inner step: a file of `jmeta search`, or text such as "suffix(2)*2, head".
 
     Returns:
@@ -403,14 +404,16 @@ def adapt(
         raise FileExistsError(f"adapt: out is {out}, which exists already; give another name.")
     if config.dataset == "sinusoid":
         raise ValueError(f"adapt: {run} learned sine waves, not pictures.")
-    shown = from_folder(support, size=presets.IMAGE_SIZE, channels=1)
+    size, _, channels = presets.SHAPES[config.dataset]
+    shown = from_folder(support, size=size, channels=channels)
     if len(shown.names) > config.ways:
         raise ValueError(
             f"adapt: support has {len(shown.names)} classes, but {run} was trained for {config.ways} ways; train with more."
         )
     paths, truths = _queries(Path(query))
-    asked = np.stack([read_picture(path, presets.IMAGE_SIZE, 1) for path in paths])
-    if ink == "dark" or (ink == "auto" and _border(shown.pixels) > PAPER):
+    asked = np.stack([read_picture(path, size, channels) for path in paths])
+    drawn = config.dataset not in presets.PHOTOGRAPHS
+    if ink == "dark" or (ink == "auto" and drawn and _border(shown.pixels) > PAPER):
         shown, asked = invert(shown), 255 - asked
     probabilities = predict(learner, theta, shown, asked, jax.random.key(ADAPT_KEY))
     rows = _rows(paths, truths, probabilities, shown.names)
@@ -487,21 +490,26 @@ def _preset_line(name: str, config: Any, default: Any) -> str:
 
 
 def data(
-    name: Annotated[Literal["glyphs", "omniglot"], tyro.conf.Positional],
+    name: Annotated[Literal["glyphs", "omniglot", "colour84", "grey28"], tyro.conf.Positional],
     *,
     source: str | None = None,
     split: Literal["customary", "background"] = "customary",
+    classes: tuple[int, int, int] = Config.classes,
+    without: tuple[str, ...] = (),
     seed: int = 0,
 ) -> None:
-    """Renders glyphs or fetches Omniglot, and shows what is there.
+    """Renders glyphs, fetches Omniglot or reads photographs, and shows what is there.
 
     Args:
       name: of the data set.
-      source: where Omniglot lies; looked up or downloaded if not given.
+      source: where Omniglot lies, looked up or downloaded if not given, or the photographs (see `jmeta.photographs`).
       split: of Omniglot's classes.
+      classes: of photographs, to train on, to validate on and to test on.
+      without: classes of photographs to leave out.
       seed: of the split.
     """
-    splits = builders.make_splits(Config(dataset=name, source=source, split=split, seed=seed))
+    asked = Config(dataset=name, source=source, split=split, classes=classes, without=without, seed=seed)
+    splits = builders.make_splits(asked)
     assert splits is not None
     for part, images in zip(splits._fields, splits, strict=True):
         if images is not None:
@@ -554,7 +562,8 @@ def derive(run: Annotated[str, tyro.conf.Positional], *, out: str | None = None)
             print(f"{kind} node {number}: {', '.join(f'{op} of input {source}' for op, source in choices)}")
     print(f"{sizes[1]:,} parameters at the width of the supernet, which has {sizes[0]:,}")
     halving = "" if config.reductions is None else f" --reductions {' '.join(map(str, config.reductions))}"
-    data = f"--dataset {config.dataset} --ways {config.ways} --shots {config.shots}"
+    source = "" if config.source is None else f" --source {config.source}"
+    data = f"--dataset {config.dataset}{source} --ways {config.ways} --shots {config.shots}"
     cells = f"--genotype {path} --cells {config.cells}{halving} --filters {config.filters}"
     print(f"jmeta train reptile-omniglot-5w1s {data} {cells}   trains it")
     return path

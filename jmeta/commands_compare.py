@@ -14,7 +14,7 @@ from jmeta import builders, checkpoint, commands, plot, presets, runs
 from jmeta.core import Theta
 from jmeta.evaluate.fewshot import fewshot
 from jmeta.mesh import task_mesh
-from jmeta.presets import Config
+from jmeta.presets import PHOTOGRAPHS, Config
 from jmeta.train import batch_gradient, fit
 
 PROBED = 3.0  # seconds of meta-steps from which the number that fits a budget is told
@@ -29,9 +29,11 @@ def compare(
     seeds: tuple[int, ...] = (0,),
     steps: int | None = None,
     minutes: float | None = None,
-    shift: tuple[str, ...] = (),
+    shift: tuple[Literal["glyphs", "omniglot", "colour84", "grey28"], ...] = (),
     source: str | None = None,
+    photographs: str | None = None,
     split: Literal["customary", "background"] = "customary",
+    without: tuple[str, ...] = (),
 ) -> Path:
     """Trains learners in turn, each by its preset, tests them on the same episodes, and draws up one table.
 
@@ -46,30 +48,46 @@ def compare(
       minutes: of training that each run gets instead, compilation left out: meta-steps are counted out beforehand.
       shift: other data sets to test on as well, such as glyphs.
       source: where Omniglot lies; looked up or downloaded if not given.
+      photographs: where those of colour84 and grey28 lie (see `jmeta.photographs`).
       split: of Omniglot's classes, customary or background.
+      without: classes of photographs to leave out.
 
     Returns:
       `compare.json`.
 
     Raises:
-      ValueError: a learner has no such preset, or both steps and minutes are given.
+      ValueError: a learner has no such preset, both steps and minutes are given, photographs are not given that are needed, or
+        other data sets of images are asked for where no images are learned.
     """
     if steps is not None and minutes is not None:
         raise ValueError("compare: give --steps or --minutes, not both.")
+    sources = {name: photographs if name in PHOTOGRAPHS else source for name in presets.SHAPES}
     configs: dict[str, Any] = {name: presets.preset(f"{name}-{preset}") for name in learners}
+    if shift and any(config.dataset == "sinusoid" for config in configs.values()):
+        raise ValueError(f"compare: shift is {', '.join(shift)}, but {preset} learns no images.")
+    _check_photographs({config.dataset for config in configs.values()} | set(shift), photographs)
     folder, rows = Path(out), []
     folder.mkdir(parents=True, exist_ok=True)
     for name, config in configs.items():
-        config = dataclasses.replace(config, source=source, split=split)
+        config = dataclasses.replace(config, source=sources.get(config.dataset), split=split, without=without)
         if steps is not None or minutes is not None:
             config = dataclasses.replace(config, steps=steps or _affordable(name, config, 60 * (minutes or 0), folder))
         for seed in seeds:
-            row = _one(name, dataclasses.replace(config, seed=seed), folder / f"{name}-{preset}-seed{seed}", shift)
+            others = {each: sources[each] for each in shift}
+            row = _one(name, dataclasses.replace(config, seed=seed), folder / f"{name}-{preset}-seed{seed}", others)
             rows.append(row)
             checkpoint.write_json(folder / "compare.json", rows)
             print(_line(row), flush=True)
     plot.compared(rows, folder / "compare.png")
     return folder / "compare.json"
+
+
+def _check_photographs(datasets: set[str], photographs: str | None) -> None:
+    for dataset in datasets & set(PHOTOGRAPHS):
+        if photographs is None:
+            raise ValueError(f"compare: {dataset} needs --photographs, an .npz file or a folder of pictures a class.")
+        if not Path(photographs).exists():
+            raise FileNotFoundError(f"compare: photographs is {photographs}, but there is nothing.")
 
 
 def _affordable(name: str, config: Config, seconds: float, folder: Path) -> int:
@@ -89,8 +107,8 @@ def _affordable(name: str, config: Config, seconds: float, folder: Path) -> int:
     return json.loads(path.read_text())[name]
 
 
-def _one(name: str, config: Config, folder: Path, shift: tuple[str, ...]) -> dict[str, Any]:
-    """Trains or goes on, and measures."""
+def _one(name: str, config: Config, folder: Path, shift: dict[str, str | None]) -> dict[str, Any]:
+    """Trains or goes on, and measures; `shift` says where the other data sets lie."""
     if not (folder / "result.json").is_file():
         commands.train(config, folder, name=name, resume=(folder / "run.json").is_file())
     result, (learner, theta, _) = json.loads((folder / "result.json").read_text()), runs.load(folder)
@@ -99,10 +117,11 @@ def _one(name: str, config: Config, folder: Path, shift: tuple[str, ...]) -> dic
     adapt = jax.jit(learner.adapt)
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     others = {}
-    for dataset in shift:
-        other: Any = dataclasses.replace(config, dataset=dataset)
+    for dataset, source in shift.items():
+        other: Any = dataclasses.replace(config, dataset=dataset, source=source)
         key = jax.random.fold_in(jax.random.key(config.seed), commands.TEST_KEY)
-        tasks = builders.make_problem(other).test
+        splits: Any = builders.make_splits(other)
+        tasks = builders.unseen(other, splits.test)
         score = fewshot(key, learner, theta, tasks, config.test_episodes, every_step=False, mesh=task_mesh())
         others[dataset] = [score.mean, score.interval]
     return {

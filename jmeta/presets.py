@@ -13,11 +13,15 @@ References:
   SNAIL, ICLR 2018 (https://arxiv.org/abs/1707.03141): the presets of these names. Those of `cavia`, `matching` and `ridge` have no
   published setting for Omniglot; matching and ridge train as protonet does.
   Elsken, Staffler, Metzen, Hutter, Meta-Learning of Neural Architectures for Few-Shot Learning, CVPR 2020
-  (https://arxiv.org/abs/1911.11090): `metanas-omniglot-20w1s`; the other `metanas` presets are smaller.
+  (https://arxiv.org/abs/1911.11090): `metanas-omniglot-20w1s` and `metanas-colour84`; the other `metanas` presets are smaller.
+
+The `colour84` presets are those that the same papers use on mini-ImageNet: 84 x 84 in colour, 64, 16 and 20 classes; MAML's inner
+rate of 0.01 for a loss that is summed over 5 classes is 0.05 for a mean one. There are none for `boil`, `sparse` and `nrml`, which
+do as maml does, nor for `imaml`, `cavia`, `matching` and `ridge`: but for network, queries and batch they do as on Omniglot.
 
 Differs from the paper in: inner rates are for a mean loss (see `jmeta.xent`); 5 queries a class in training and 15 in tests; tests
 on unrotated classes; the outer rate of the sine waves falls along a cosine; metanas prunes nothing for good during training and has
-no drop-path.
+no drop-path; in colour the embeddings of protonet, matching and ridge are conv4, as protonet's is; SNAIL's has no dropout.
 """
 
 import dataclasses
@@ -27,8 +31,9 @@ from typing import Any, Literal
 
 from jmeta.models.layers import Norm
 
-IMAGE_SIZE = 28
-
+SHAPES = {"glyphs": (28, 28, 1), "omniglot": (28, 28, 1), "colour84": (84, 84, 3), "grey28": (28, 28, 1)}
+"""Height, width and channels of the images of a data set."""
+PHOTOGRAPHS = ("colour84", "grey28")
 
 Method = Literal[
     "maml",
@@ -56,10 +61,15 @@ class Config:
 
     method: Method = "maml"
     """How tasks are learned."""
-    dataset: Literal["glyphs", "omniglot", "sinusoid"] = "glyphs"
-    """What is learned; glyphs are rendered, Omniglot is read or downloaded."""
+    dataset: Literal["glyphs", "omniglot", "colour84", "grey28", "sinusoid"] = "glyphs"
+    """What is learned; glyphs are rendered, Omniglot is read or downloaded, colour84 and grey28 are photographs of yours."""
     source: str | None = None
-    """Where Omniglot lies (.npz, a folder of tensorflow-datasets, or of the archives); looked up or downloaded if not given."""
+    """Where Omniglot lies (.npz, a folder of tensorflow-datasets, or of the archives); looked up or downloaded if not given. Where
+    photographs lie (.npz, or folders of pictures; see `jmeta.photographs`)."""
+    classes: tuple[int, int, int] = (64, 16, 20)
+    """Classes of photographs to train on, to validate on and to test on, where the source has no folders train and test."""
+    without: tuple[str, ...] = ()
+    """Classes of photographs to leave out, such as Faces_easy of Caltech-101, which repeats its Faces."""
     split: Literal["customary", "background"] = "customary"
     """Omniglot's classes: 1100/100/423 of all in a seeded order, or 964 background and 659 evaluation classes."""
     rotate: bool = True
@@ -108,6 +118,8 @@ class Config:
     """The part of the way to the adapted alphas, for metanas."""
     least_rate: float = 0.0
     """Where a falling outer rate ends."""
+    clip: float | None = None
+    """Limit of each entry of a meta-gradient; none if not given."""
     outer_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Whether the outer rate stays, or falls over all steps."""
     warmup: int = 0
@@ -200,6 +212,10 @@ _METANAS = dataclasses.replace(
     unroll=False,
     validate_every=0,
 )
+_COLOUR: dict[str, Any] = {"dataset": "colour84", "filters": 32}
+_CLIPPED: dict[str, Any] = {**_COLOUR, "queries": 15, "batch": 4, "clip": 10.0}
+_FIVE: dict[str, Any] = {**_CLIPPED, "inner_rate": 0.05, "inner_steps": 5, "test_steps": 10}
+_COMPARED: dict[str, Any] = {**_COLOUR, "filters": 64, "queries": 15, "train_ways": 30}
 
 
 def _grid(name: str, config: Config, twenty: dict[str, Any]) -> dict[str, Config]:
@@ -208,6 +224,12 @@ def _grid(name: str, config: Config, twenty: dict[str, Any]) -> dict[str, Config
     cells = {"5w1s": config, "5w5s": dataclasses.replace(config, shots=5)}
     cells |= {"20w1s": wide, "20w5s": dataclasses.replace(wide, shots=5)}
     return {f"{name}-omniglot-{kind}": cell for kind, cell in cells.items()}
+
+
+def _colour(name: str, config: Config, changed: dict[str, Any], **five: Any) -> dict[str, Config]:
+    """A method on photographs in 5 ways, with 1 and 5 shots; `five` is what 5 shots change."""
+    one = dataclasses.replace(config, **changed)
+    return {f"{name}-colour84-5w1s": one, f"{name}-colour84-5w5s": dataclasses.replace(one, shots=5, **five)}
 
 
 PRESETS: dict[str, Config] = {
@@ -227,6 +249,22 @@ PRESETS: dict[str, Config] = {
     **_grid("matching", dataclasses.replace(_COMPARE, method="matching"), {}),
     **_grid("ridge", dataclasses.replace(_COMPARE, method="ridge"), {}),
     **_grid("snail", _SNAIL, {}),
+    **_colour("maml", _OMNIGLOT, _FIVE, batch=2),
+    **_colour("fomaml", _OMNIGLOT, {"method": "fomaml", **_FIVE}, batch=2),
+    **_colour("anil", _OMNIGLOT, {"method": "anil", **_FIVE}, batch=2),
+    **_colour("boil", _OMNIGLOT, {"method": "boil", **_FIVE}, batch=2),
+    **_colour("sparse", _OMNIGLOT, {"method": "sparse", **_FIVE}, batch=2),
+    **_colour("nrml", _OMNIGLOT, {"method": "nrml", **_FIVE}, batch=2),
+    **_colour("meta-sgd", _OMNIGLOT, {"method": "meta-sgd", **_CLIPPED, "inner_rate": 0.05, "test_steps": 1}),
+    **_colour("reptile", _REPTILE, {**_COLOUR, "train_shots": 15, "inner_steps": 8, "test_batch": 5}, test_batch=15),
+    **_colour("imaml", _IMAML, {**_COLOUR, "queries": 15, "batch": 4}, batch=2),
+    **_colour("cavia", _CAVIA, {**_CLIPPED, "batch": 16}, batch=8),
+    **_colour("maml++", _PLUS, {**_CLIPPED, "filters": 48, "inner_rate": 0.01, "least_rate": 1e-3, "batch": 2}),
+    **_colour("protonet", _COMPARE, _COMPARED, train_ways=20),
+    **_colour("matching", _COMPARE, {"method": "matching", **_COMPARED}, train_ways=20),
+    **_colour("ridge", _COMPARE, {"method": "ridge", **_COMPARED}, train_ways=20),
+    **_colour("snail", _SNAIL, {**_COLOUR, "filters": 384}),
+    **_colour("metanas", _METANAS, {**_COLOUR, "filters": 28, "inner_rate": 1e-3, "test_batch": 5}, test_batch=15),
     "metanas-omniglot-20w1s": dataclasses.replace(_METANAS, ways=20, test_batch=10),
     "metanas-omniglot-5w1s": dataclasses.replace(
         _METANAS, filters=8, reductions=(0, 2), inner_batch=10, test_steps=20, steps=3_000, batch=2, warmup=1_500

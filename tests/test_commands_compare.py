@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from jmeta import commands, commands_compare, presets
@@ -19,7 +20,15 @@ def tiny(monkeypatch):
 
 
 def test_learners_are_trained_once_and_measured(tiny, tmp_path, monkeypatch, capsys):
-    how = {"learners": ("maml", "protonet"), "preset": "tiny", "out": str(tmp_path / "all"), "shift": ("glyphs",)}
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 9, 9, 3), dtype=np.uint8)
+    np.savez(tmp_path / "photographs.npz", images=pixels, labels=np.arange(300) // 3)
+    how = {"learners": ("maml", "protonet"), "preset": "tiny", "out": str(tmp_path / "all"), "shift": ("glyphs", "grey28")}
+    with pytest.raises(ValueError, match="compare: grey28 needs --photographs"):
+        commands_compare.compare(**how)
+    with pytest.raises(FileNotFoundError, match=r"compare: photographs is .*nowhere"):
+        commands_compare.compare(**how, photographs=str(tmp_path / "nowhere"))
+    assert not (tmp_path / "all").exists()
+    how["photographs"] = str(tmp_path / "photographs.npz")
     path = commands_compare.compare(**how)
     rows = json.loads(path.read_text())
     assert [row["learner"] for row in rows] == ["maml", "protonet"]
@@ -27,6 +36,7 @@ def test_learners_are_trained_once_and_measured(tiny, tmp_path, monkeypatch, cap
         assert row["meta_steps"] == 2 and row["episodes"] == 4 and row["norm"] == "batch"
         assert row["adaptation_seconds"] > 0 and row["meta_step_seconds"] > 0 and row["meta_step_mib"] > 0
         assert row["shift"]["glyphs"] == pytest.approx([row["mean"], row["interval95"]], abs=1e-6)  # the same tasks here
+        assert 0 <= row["shift"]["grey28"][0] < 0.7  # noise has no classes
     assert rows[0]["parameters"] > rows[1]["parameters"]  # which has no head
     assert (tmp_path / "all" / "compare.png").stat().st_size
     assert "protonet, seed 0, 2 meta-steps" in capsys.readouterr().out
@@ -47,6 +57,8 @@ def test_a_budget_in_minutes_is_counted_out_once(tiny, tmp_path, monkeypatch):
 def test_what_cannot_be_is_refused(tmp_path):
     with pytest.raises(ValueError, match="compare: give --steps or --minutes, not both"):
         commands_compare.compare(learners=("maml",), out=str(tmp_path), steps=1, minutes=1.0)
+    with pytest.raises(ValueError, match="compare: shift is glyphs, but sinusoid-10s learns no images"):
+        commands_compare.compare(learners=("maml",), preset="sinusoid-10s", out=str(tmp_path / "new"), shift=("glyphs",))
     with pytest.raises(ValueError, match="preset: 'mamml-omniglot-5w1s' is not known; the nearest is"):
         commands_compare.compare(learners=("mamml",), out=str(tmp_path / "new"))
     assert not (tmp_path / "new").exists()

@@ -87,6 +87,36 @@ def test_omniglot_presets_draw_from_the_real_data(omniglot_npz):
         builders.make_problem(dataclasses.replace(config, ways=424))
 
 
+@pytest.fixture
+def photographs(tmp_path):
+    """Twelve classes of four pictures, each of one colour."""
+    pixels = np.broadcast_to(np.arange(48, dtype=np.uint8)[:, None, None, None] * 5, (48, 90, 90, 3))
+    np.savez(tmp_path / "photographs.npz", images=pixels, labels=np.arange(48) // 4)
+    return str(tmp_path / "photographs.npz")
+
+
+def test_colour_presets_draw_from_photographs(photographs):
+    few = {"classes": (5, 2, 4), "without": ("11",), "ways": 2, "queries": 2, "test_queries": 2}
+    config = dataclasses.replace(presets.preset("maml-colour84-5w1s"), source=photographs, **few)
+    problem = builders.make_problem(config)
+    assert len(problem.labels) == 5 and "11" not in problem.labels and problem.valid is not None
+    task = problem.test.sample(jax.random.key(0), problem.test.data)
+    assert task.support.x.shape == (2, 84, 84, 3) and task.query.x.shape == (4, 84, 84, 3)
+    theta = jax.eval_shape(builders.make_learner(config).init, jax.random.key(0))
+    assert theta.params["head"]["kernel"].shape == (5 * 5 * 32, 2)  # pooled four times
+    grey = builders.make_problem(dataclasses.replace(config, dataset="grey28"))
+    assert grey.test.sample(jax.random.key(0), grey.test.data).support.x.shape == (2, 28, 28, 1)
+    with pytest.raises(ValueError, match="train: dataset colour84 needs --source"):
+        builders.make_problem(dataclasses.replace(config, source=None))
+
+
+def test_a_meta_gradient_is_clipped_where_that_is_asked_for():
+    config = Config(clip=10.0, method="reptile", outer_rate=1.0)
+    outer = builders.make_outer(config)
+    gradient = {"w": np.array([-30.0, 4.0])}
+    np.testing.assert_allclose(outer.update(gradient, outer.init(gradient))[0]["w"], [10.0, -4.0])
+
+
 @pytest.mark.parametrize("name", pretrain.PRESETS)
 def test_every_pretraining_preset_makes_its_learner_and_optimiser(name):
     config = dataclasses.replace(pretrain.PRESETS[name], filters=2, gate_filters=2, images=4, sequence=2, remember=3, size=5)
