@@ -313,18 +313,39 @@ class MetaLearner(NamedTuple):
 
 
 class InnerLoop(NamedTuple):
-    """The three moves of a gradient learner on one task.
+    """The moves of a gradient learner on one task, and the parts of a `MetaLearner` that follow from them.
 
     Attributes:
+      init: `(key) -> theta`, as in `MetaLearner`.
       begin: `(key, theta, support) -> theta`, the rule's resets.
       follow: `(key, theta, support, watch=None) -> (phi, seen)`, the steps. `watch(phi_k, k)` is called before the first
         step and after each; `seen` stacks what it returns, `[steps + 1, ...]`.
       output: `(phi, x, step) -> y`, the network as it stands after `step` steps.
+      steps: how many.
     """
 
+    init: Callable[[Array], Theta]
     begin: Callable[[Array, Theta, Any], Theta]
     follow: Callable[..., tuple[Theta, Any]]
     output: Callable[[Theta, Array, Any], Array]
+    steps: int
+
+    def walk(self, key: Array, theta: Theta, support: Any, watch: Callable | None = None) -> tuple[Theta, Any]:
+        """Begins, and follows to the end: `phi`, and what `watch` saw."""
+        key_reset, key_follow = jax.random.split(key)
+        return self.follow(key_follow, self.begin(key_reset, theta, support), support, watch)
+
+    def adapt(self, key: Array, theta: Theta, support: Any) -> Theta:
+        """As in `MetaLearner`."""
+        return self.walk(key, theta, support)[0]
+
+    def predict(self, phi: Theta, x: Array) -> Array:
+        """As in `MetaLearner`."""
+        return self.output(phi, x, self.steps)
+
+    def curve(self, key: Array, theta: Theta, task: Task) -> Array:
+        """As in `MetaLearner`."""
+        return self.walk(key, theta, task.support, lambda phi, step: self.output(phi, task.query.x, step))[1]
 
 
 def evaluate_loss(loss: Callable[..., Array], outputs: Array, batch: Batch) -> Array:
@@ -370,6 +391,10 @@ def inner_loop(
             "where='forward' and refresh='task'; use refresh='step'."
         )
 
+    def init(key):
+        params = model.init(key)
+        return Theta(params, rule.init(params), {"state": rule.update.init(params)} if carry_state else ())
+
     def begin(key, theta, support):
         params, memory = rule.reset(key, theta.params, support, hyper=theta.hyper), theta.memory
         if carry_state and rule.clears:
@@ -408,7 +433,7 @@ def inner_loop(
         (params, state), seen = _walk(advance, look, (theta.params, state), rule.phase, data.steps, unroll, anew)
         return close(theta, params, state, support, data.steps), seen
 
-    return InnerLoop(begin, follow, output)
+    return InnerLoop(init, begin, follow, output, data.steps)
 
 
 def _inner_step(forward: Callable, loss: Callable, rule: Rule, data: Data, order: int, layers: tuple[str, ...]) -> Callable:

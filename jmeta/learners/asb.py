@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import optax
 
-from jmeta.core import Data, MetaLearner, Model, Rule, Theta, chain, evaluate_loss, inner_loop, memoise
+from jmeta.core import Data, MetaLearner, Model, Rule, chain, evaluate_loss, inner_loop, memoise
 from jmeta.learners.maml import check_differentiable
 from jmeta.losses import measure
 from jmeta.rules.scale import only
@@ -75,22 +75,6 @@ def asb(
         )
     loop = inner_loop(model, loss, rule, data, order=order if through else 1, unroll=unroll, remat=remat)
 
-    def init(key):
-        params = model.init(key)
-        return Theta(params, rule.init(params))
-
-    def adapt(key, theta, support):
-        key_reset, key_follow = jax.random.split(key)
-        return loop.follow(key_follow, loop.begin(key_reset, theta, support), support)[0]
-
-    def predict(phi, x):
-        return loop.output(phi, x, data.steps)
-
-    def curve(key, theta, task):
-        key_reset, key_follow = jax.random.split(key)
-        begun = loop.begin(key_reset, theta, task.support)
-        return loop.follow(key_follow, begun, task.support, lambda phi, step: loop.output(phi, task.query.x, step))[1]
-
     def grad(key, theta, task, *, meta_step):
         key_reset, key_follow = jax.random.split(key)
 
@@ -102,14 +86,14 @@ def asb(
 
         def value(learned):
             phi = rest(learned._replace(memory=base.memory))
-            outputs = predict(phi, task.query.x)
+            outputs = loop.predict(phi, task.query.x)
             value = evaluate_loss(loss, outputs, task.query)
             return value, (phi, {"loss": value, **measure(outputs, task.query.y, task.query.mask)})
 
         (_, (phi, info)), gradient = jax.value_and_grad(value, has_aux=True)(base._replace(memory=()))
         return base._replace(memory=theta.memory), rule.meta(gradient, theta, phi), info
 
-    return MetaLearner(init, adapt, predict, curve, grad)
+    return MetaLearner(loop.init, loop.adapt, loop.predict, loop.curve, grad)
 
 
 @memoise

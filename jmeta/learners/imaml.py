@@ -68,29 +68,12 @@ def imaml(
     rule = chain(proximal(strength), rule) if strength else chain(rule)
     loop = inner_loop(model, loss, rule, data, order=1, unroll=unroll, remat=False)
 
-    def init(key):
-        params = model.init(key)
-        return Theta(params, rule.init(params))
-
-    def walk(key, theta, support, watch=None):
-        key_reset, key_follow = jax.random.split(key)
-        return loop.follow(key_follow, loop.begin(key_reset, theta, support), support, watch)
-
-    def adapt(key, theta, support):
-        return walk(key, theta, support)[0]
-
-    def predict(phi, x):
-        return loop.output(phi, x, data.steps)
-
-    def curve(key, theta, task):
-        return walk(key, theta, task.support, lambda phi, step: loop.output(phi, task.query.x, step))[1]
-
     def grad(key, theta, task, *, meta_step):
-        phi = jax.lax.stop_gradient(adapt(key, theta, task.support))
+        phi = jax.lax.stop_gradient(loop.adapt(key, theta, task.support))
 
         def at(batch):
             def value(params):
-                outputs = predict(phi._replace(params=params), batch.x)
+                outputs = loop.predict(phi._replace(params=params), batch.x)
                 value = evaluate_loss(loss, outputs, batch)
                 return value, {"loss": value, **measure(outputs, batch.y, batch.mask)}
 
@@ -106,4 +89,4 @@ def imaml(
         gradient = Theta(solution, jax.tree.map(jnp.zeros_like, theta.hyper))
         return theta, rule.meta(gradient, theta, phi), info
 
-    return MetaLearner(init, adapt, predict, curve, grad)
+    return MetaLearner(loop.init, loop.adapt, loop.predict, loop.curve, grad)

@@ -26,10 +26,10 @@ from jax.core import Tracer
 
 from jmeta.core import (
     Data,
+    InnerLoop,
     MetaLearner,
     Model,
     Rule,
-    Theta,
     chain,
     evaluate_loss,
     given,
@@ -90,46 +90,26 @@ def maml(
     if step_weights is not None and not callable(step_weights) and len(step_weights) != data.steps:
         raise ValueError(f"maml: step_weights has {len(step_weights)} weights for {data.steps} inner steps; give one a step.")
     loop = inner_loop(model, loss, rule, data, order=order, unroll=unroll, remat=remat, carry_state=carry_state)
-    begin, follow, output = loop
-
-    def init(key):
-        params = model.init(key)
-        memory = {"state": rule.update.init(params)} if carry_state else ()
-        return Theta(params, rule.init(params), memory)
-
-    def walk(key, theta, support, watch=None):
-        key_reset, key_follow = jax.random.split(key)
-        return follow(key_follow, begin(key_reset, theta, support), support, watch)
-
-    def adapt(key, theta, support):
-        return walk(key, theta, support)[0]
-
-    def predict(phi, x):
-        return output(phi, x, data.steps)
-
-    def curve(key, theta, task):
-        return walk(key, theta, task.support, lambda phi, step: output(phi, task.query.x, step))[1]
-
     if step_weights is None:
-        grad = query_grad(adapt, predict, loss, probe=probe, meta=rule.meta)
+        grad = query_grad(loop.adapt, loop.predict, loss, probe=probe, meta=rule.meta)
     else:
-        grad = meta_gradient(_over_steps(walk, output, loss, probe, step_weights), rule.meta)
-    return MetaLearner(init, adapt, predict, curve, grad)
+        grad = meta_gradient(_over_steps(loop, loss, probe, step_weights), rule.meta)
+    return MetaLearner(loop.init, loop.adapt, loop.predict, loop.curve, grad)
 
 
-def _over_steps(walk: Callable, output: Callable, loss: Callable, probe: Callable, step_weights: Any) -> Callable:
+def _over_steps(loop: InnerLoop, loss: Callable, probe: Callable, step_weights: Any) -> Callable:
     """The objective of MAML++'s multi-step loss: the weighted sum of the query losses after each step."""
 
     def objective(key, theta, task, meta_step):
         key_adapt, key_query = jax.random.split(key)
 
         def look(phi, step):
-            query = probe(key_query, task.query, step, lambda x: output(phi, x, step))
-            outputs = output(phi, query.x, step)
+            query = probe(key_query, task.query, step, lambda x: loop.output(phi, x, step))
+            outputs = loop.output(phi, query.x, step)
             value = evaluate_loss(loss, outputs, query)
             return value, {"loss": value, **measure(outputs, query.y, query.mask)}
 
-        phi, (losses, infos) = walk(key_adapt, theta, task.support, look)
+        phi, (losses, infos) = loop.walk(key_adapt, theta, task.support, look)
         weights = step_weights(meta_step) if callable(step_weights) else jnp.asarray(step_weights)
         return (weights * losses[1:]).sum(), (phi, jax.tree.map(lambda leaf: leaf[-1], infos))
 

@@ -60,11 +60,10 @@ def reptile(
     >>> learner = reptile(conv4(5), xent, optax.adam(1e-3, b1=0.0), minibatches(5, 10), carry_state=True)
     """
     rule = chain(rule)
-    loop = inner_loop(model, loss, rule, data, order=1, unroll=unroll, remat=False, carry_state=carry_state)
+    plain = inner_loop(model, loss, rule, data, order=1, unroll=unroll, remat=False, carry_state=carry_state)
 
     def init(key):
-        params = model.init(key)
-        theta = Theta(params, rule.init(params), {"state": rule.update.init(params)} if carry_state else ())
+        theta = plain.init(key)
         if jax.tree.leaves(theta.hyper):
             warnings.warn(
                 f"reptile: the meta-parameters of {', '.join(theta.hyper)} stay as they start, since Reptile has no gradient for "
@@ -73,37 +72,26 @@ def reptile(
             )
         return theta
 
-    def walk(key, theta, support, watch=None):
-        key_reset, key_follow = jax.random.split(key)
-        begun = loop.begin(key_reset, theta, support)
-        phi, seen = loop.follow(key_follow, begun, support, watch)
-        return begun, phi, seen
+    def follow(key, theta, support, watch=None):
+        def kept(phi):
+            return phi._replace(memory={**dict(phi.memory), "support": support.x})
 
-    def kept(phi, support):
-        return phi if transductive else phi._replace(memory={**dict(phi.memory), "support": support.x})
+        phi, seen = plain.follow(key, theta, support, watch and (lambda phi, step: watch(kept(phi), step)))
+        return kept(phi), seen
 
     def output(phi, x, step):
-        memory = dict(phi.memory)
-        if "support" not in memory:
-            return loop.output(phi, x, step)
-
         def alone(one):
-            return loop.output(phi, jnp.concatenate([memory["support"], one[None]]), step)[-1]
+            return plain.output(phi, jnp.concatenate([phi.memory["support"], one[None]]), step)[-1]
 
         return jax.vmap(alone)(x)
 
-    def adapt(key, theta, support):
-        return kept(walk(key, theta, support)[1], support)
-
-    def predict(phi, x):
-        return output(phi, x, data.steps)
-
-    def curve(key, theta, task):
-        return walk(key, theta, task.support, lambda phi, step: output(kept(phi, task.support), task.query.x, step))[2]
+    loop = plain if transductive else plain._replace(follow=follow, output=output)
 
     def grad(key, theta, task, *, meta_step):
-        begun, phi, _ = walk(key, theta, task.support)
-        outputs = predict(kept(phi, task.support), task.query.x)
+        key_reset, key_follow = jax.random.split(key)
+        begun = loop.begin(key_reset, theta, task.support)
+        phi, _ = loop.follow(key_follow, begun, task.support)
+        outputs = loop.predict(phi, task.query.x)
         value = evaluate_loss(loss, outputs, task.query)
         start: Any = begun if rule.private else theta  # what a rule takes from one task alone is no way that was gone
         moved = jax.tree.map(jnp.subtract, start.params, phi.params)
@@ -111,4 +99,4 @@ def reptile(
         base = theta._replace(memory={**theta.memory, "state": phi.memory["state"]}) if carry_state else theta
         return base, rule.meta(gradient, theta, phi), {"loss": value, **measure(outputs, task.query.y, task.query.mask)}
 
-    return MetaLearner(init, adapt, predict, curve, grad)
+    return MetaLearner(init, loop.adapt, loop.predict, loop.curve, grad)
