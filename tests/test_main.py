@@ -1,13 +1,18 @@
 """The command line, as a user runs it."""
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from jmeta import __main__ as line
 
 SMALL = [
     "--filters",
@@ -34,9 +39,17 @@ def _jmeta(*args, cwd):
 
 
 def _fails(*args, cwd):
-    done = _jmeta(*args, cwd=cwd)
-    assert done.returncode != 0 and "Traceback" not in done.stderr
-    return done.stderr
+    """What a command says that cannot be run; within this process, which has its devices already."""
+    said, kept = io.StringIO(), [mock.patch.object(line, name) for name in ("use_cores", "use_cache")]
+    with contextlib.ExitStack() as stack:
+        for each in (*kept, mock.patch.object(sys, "argv", ["jmeta", *map(str, args)]), contextlib.chdir(cwd)):
+            stack.enter_context(each)
+        stack.enter_context(contextlib.redirect_stderr(said))
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        with pytest.raises(SystemExit) as stopped:
+            line.main()
+    assert stopped.value.code == 1
+    return said.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -164,15 +177,23 @@ def test_presets_and_help_are_listed(tmp_path):
         (["train", PRESET, "--source", "images.npz", "--queries", "20"], "shots + queries is 1 + 20"),
         (["train", PRESET, "--source", "images.npz", "--batch", "6", "--chunk", "4"], "divisible by chunk"),
         (["train", PRESET, "--source", "images.npz", "--batch", "7", "--devices", "2"], "the nearest batches that fit: 6 and 8"),
-        (["train", PRESET, "--source", "images.npz", "--devices", "0"], "must be at least 1, got 0"),
         (["train", PRESET, "--source", "images.npz", "--out", "."], "not empty"),
         (["train", "--resume", "nowhere"], "no jmeta run"),
         (["eval", "nowhere"], "no jmeta run"),
-        (["fly"], "no command"),
     ],
 )
 def test_bad_input_ends_in_one_clear_line(place, args, message):
-    assert message in _fails(*args, cwd=place)
+    said = _fails(*args, cwd=place)
+    assert message in said and said.startswith(f"jmeta {args[0]}: ")
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [(["train", PRESET, "--source", "images.npz", "--devices", "0"], "must be at least 1, got 0"), (["fly"], "no command")],
+)
+def test_bad_input_ends_a_process_without_a_traceback(place, args, message):
+    done = _jmeta(*args, cwd=place)
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
 
 
 def test_importing_is_light():
