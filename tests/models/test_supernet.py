@@ -20,7 +20,7 @@ SMALL = {"cells": 3, "nodes": 2, "channels": 2, "reductions": (1,), "shape": (9,
 def _small(key, **options):
     """A small supernet in float64, with alphas that differ, and two images."""
     model = jm.supernet(3, **{**SMALL, **options})
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), model.init(key))
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), jax.jit(model.init)(key))
     params["alpha"] = jax.tree.map(lambda leaf: jnp.where(leaf < -1e6, leaf, 1000 * leaf), params["alpha"])
     return model, params, jax.random.normal(key, (2, 9, 8, 1), jnp.float64)
 
@@ -172,9 +172,11 @@ def test_near_temperature_zero_it_is_its_derived_network(key):
         sizes = {name: value for name, value in SMALL.items() if name != "nodes"}
         derived = jm.derive(found, 3, **sizes)
         plain = jm.discretise(params, found, derived)
-        chex.assert_trees_all_equal_shapes(plain, derived.init(key))
-        np.testing.assert_allclose(derived.apply(plain, x), model.apply(cold, x), rtol=1e-9)
-        assert not np.allclose(model.apply(params, x), model.apply(cold, x), rtol=1e-3)
+        chex.assert_trees_all_equal_shapes(plain, jax.eval_shape(derived.init, key))
+        mixed = jax.jit(lambda mixture: model.apply({**params, "mixture": mixture}, x))
+        coldest = mixed(cold["mixture"])
+        np.testing.assert_allclose(jax.jit(derived.apply)(plain, x), coldest, rtol=1e-9)
+        assert not np.allclose(mixed(mixture(params["alpha"], 1.0)), coldest, rtol=1e-3)
         with pytest.raises(ValueError, match=r"discretise: the supernet has no .*reduce.*Usual cause: other sizes"):
             jm.discretise(params, found, jm.derive(found, 3, **{**sizes, "reductions": (0, 1)}))
 
@@ -189,7 +191,7 @@ def test_pruned_for_good_it_is_smaller_and_computes_the_same(key):
         carry_state=True,
     )
     large = make(None)
-    theta = large.init(key)
+    theta = jax.jit(large.init)(key)
     alpha = jax.tree.map(lambda leaf: 300 * leaf, theta.params["alpha"])
     theta = theta._replace(params={**theta.params, "alpha": alpha})
     numbered = lambda tree: jax.tree.map(lambda leaf: jnp.arange(leaf.size, dtype=leaf.dtype).reshape(leaf.shape), tree)
@@ -197,7 +199,7 @@ def test_pruned_for_good_it_is_smaller_and_computes_the_same(key):
     space = jm.promising(theta.params, threshold=0.1, temperature=0.1)
     small = make(space)
     shrunk = jm.shrink(theta, small, space)
-    chex.assert_trees_all_equal_shapes_and_dtypes(shrunk, small.init(key))
+    chex.assert_trees_all_equal_shapes_and_dtypes(shrunk, jax.eval_shape(small.init, key))
     assert (
         0
         < sum(leaf.size for leaf in jax.tree.leaves(shrunk.params["w"]))
@@ -216,14 +218,14 @@ def test_pruned_for_good_it_is_smaller_and_computes_the_same(key):
     )
     x = jax.random.normal(key, (2, 9, 8, 1))
     cut = jax.tree.map(lambda now, new: jnp.where(new < -1e6, new, now), theta.params["alpha"], shrunk.params["alpha"])
-    expected = large.predict(theta._replace(params={**theta.params, "alpha": cut}), x)
-    np.testing.assert_allclose(small.predict(shrunk, x), expected, rtol=1e-4, atol=1e-5)
+    expected = jax.jit(large.predict)(theta._replace(params={**theta.params, "alpha": cut}), x)
+    np.testing.assert_allclose(jax.jit(small.predict)(shrunk, x), expected, rtol=1e-4, atol=1e-5)
     lines = [str(jax.make_jaxpr(learner.predict)(phi, x)).count("\n") for learner, phi in ((large, theta), (small, shrunk))]
     assert lines[1] < lines[0]
 
     fewer = jm.promising(shrunk.params, threshold=0.14, temperature=0.1)
     least = make(fewer)
-    chex.assert_trees_all_equal_shapes(jm.shrink(shrunk, least, fewer, before=space), least.init(key))
+    chex.assert_trees_all_equal_shapes(jm.shrink(shrunk, least, fewer, before=space), jax.eval_shape(least.init, key))
     for misread in (
         lambda: jm.shrink(shrunk, least, fewer),
         lambda: jm.sparse_size(shrunk.params, temperature=1.0, threshold=0.05),
@@ -265,8 +267,9 @@ def test_each_norm_takes_its_own_statistics(key, norm):
         shape=(8, 8, 1),
         norm=norm,
     )
-    params, x = model.init(key), jax.random.normal(key, (3, 8, 8, 1))
-    assert np.allclose(model.apply(params, x)[:1], model.apply(params, x[:1]), atol=1e-5) == (norm != "batch")
+    params, x = jax.jit(model.init)(key), jax.random.normal(key, (3, 8, 8, 1))
+    together, alone = jax.jit(lambda: (model.apply(params, x)[:1], model.apply(params, x[:1])))()
+    assert np.allclose(together, alone, atol=1e-5) == (norm != "batch")
 
 
 def _tasks():
@@ -321,8 +324,8 @@ def test_tnas_is_maml_of_first_order_on_a_supernet(key):
     both = optax.partition({"w": optax.sgd(0.1), "alpha": optax.sgd(30.0)}, jm.top_level)
     learner = jm.maml(net, jm.xent, jm.chain(jm.mix(), both), jm.repeat(2), order=1)
     theta, task = learner.init(key), _tasks().sample(key, ())
-    phi = learner.adapt(key, theta, task.support)
-    _, gradient, _ = jax.jit(lambda theta: learner.grad(key, theta, task, meta_step=0))(theta)
+    both = lambda theta: (learner.adapt(key, theta, task.support), learner.grad(key, theta, task, meta_step=0)[1])
+    phi, gradient = jax.jit(both)(theta)
     for name in ("alpha", "w"):
         assert float(optax.tree.norm(jax.tree.map(jnp.subtract, phi.params[name], theta.params[name]))) > 1e-3
         assert float(optax.tree.norm(gradient.params[name])) > 0
@@ -337,13 +340,13 @@ def test_tnas_is_maml_of_first_order_on_a_supernet(key):
         (lambda: jm.supernet(5, norm="support"), "norm must be one of batch, layer, instance, got 'support'"),
         (lambda: jm.supernet(5, nodes=2, space=full_space(3)), r"2 nodes see \[2, 3\] inputs.*nodes of \[2, 3, 4\] inputs"),
         (
-            lambda: jm.promising(jm.supernet(5).init(jax.random.key(0)), threshold=0.2),
+            lambda: jm.promising(jax.jit(jm.supernet(5, cells=1, nodes=1).init)(jax.random.key(0)), threshold=0.2),
             "promising: threshold must be from 0 to below 1/7",
         ),
         (lambda: _apply_others(), "supernet: the alphas must be those of cells of 2 nodes"),
         (
             lambda: jm.discretise(
-                jm.supernet(5, channels=4).init(jax.random.key(0)),
+                jax.eval_shape(jm.supernet(5, channels=4).init, jax.random.key(0)),
                 jm.PUBLISHED["metanas-omniglot-v2"],
                 jm.derive(jm.PUBLISHED["metanas-omniglot-v2"], 5, channels=6),
             ),
@@ -358,5 +361,5 @@ def test_what_cannot_be_is_refused(make, message):
 
 def _apply_others():
     model, other = (jm.supernet(3, cells=1, nodes=nodes, channels=2) for nodes in (2, 3))
-    key = jax.random.key(0)
-    return model.apply({**model.init(key), "alpha": other.init(key)["alpha"]}, jnp.zeros((1, 28, 28, 1)))
+    own, others = (jax.eval_shape(each.init, jax.random.key(0)) for each in (model, other))
+    return jax.eval_shape(model.apply, {**own, "alpha": others["alpha"]}, jnp.zeros((1, 28, 28, 1)))
