@@ -159,9 +159,8 @@ def one_step(problem: Set, seed: int, asked: argparse.Namespace, folder: Path, p
         compared(problem, 1, own, problem.test, TEST_KEY, seed, [best], path)
         kept = json.loads(path.read_text())["patterns"]
         scores[label] = next(np.array(row["scores"]) for row in kept if row["rows"] == [list(each) for each in pattern.rows])
-    means = {label: float(each.mean()) for label, each in scores.items()}
-    gain, interval = over_episodes(scores["best"] - scores["full"])
-    return {"best": str(best), "same_theta": same, "trained": {**means, "gain": gain, "interval": interval}}
+    trained = {label: over_episodes(each) for label, each in {**scores, "gain": scores["best"] - scores["full"]}.items()}
+    return {"best": str(best), "same_theta": same, "trained": trained}
 
 
 def main() -> None:

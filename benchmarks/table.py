@@ -196,6 +196,22 @@ def lambda_patterns() -> str:
     return "\n".join(lines)
 
 
+def one_step() -> str:
+    """One step of adaptation under the pattern that was searched for it, against one of all layers: a row a seed."""
+    lines = _head(
+        ("set", "seed", "pattern", "all layers", "the pattern", "change in points", "trained: all layers", "the pattern", "change")
+    )
+    for path in sorted((RESULTS / "lambda_patterns").glob("*-one-step.json")):
+        found = json.loads(path.read_text())
+        name, steps = path.stem.rsplit("-", 4)[:2]
+        full, best = found["same_theta"]["full"], found["same_theta"][found["best"]]
+        pairs = [(each["accuracy"], each["interval"]) for each in (full, best)]
+        pairs += [(best["difference"], best["difference_interval"]), *(found["trained"][part] for part in ("full", "best", "gain"))]
+        cells = [f"{100 * mean:{'+' * (place % 3 == 2)}.2f} ± {100 * half:.2f}" for place, (mean, half) in enumerate(pairs)]
+        lines.append(f"| {name}, {int(steps):,} meta-steps | {found['seed']} | `{found['best']}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _patterns(results: list[dict], place: str, texts: list[list[str]]) -> str:
     """Means over seeds and patterns of speed, share of the operations, and paired difference with its 95 % interval over seeds."""
     if any(place not in result or not own for result, own in zip(results, texts, strict=True)):
@@ -310,6 +326,7 @@ def fill(text: str) -> str:
         overhead,
         frozen,
         lambda_patterns,
+        one_step,
         zapping,
         references,
         gains,

@@ -19,7 +19,7 @@ USAGE = """usage: jmeta COMMAND ...
   adapt RUN --support DIR --query DIR   learn the classes of your own pictures and classify others
   search RUN [--tolerance 0.01]    find the fastest pattern of adaptation within a tolerance
   presets                          list the presets
-  data NAME                        render glyphs or fetch omniglot, and show what is there
+  data NAME                        render glyphs, fetch omniglot or read photographs, and show what is there
   plot RUN [--routing] [--cells]   draw learning curve, inner steps and an episode; or the channels that tasks choose, or cells
   derive RUN                       write the architecture that a run of metanas came to, for train PRESET --genotype FILE
   compare --learners A B ... --out DIR   train learners in turn on the same tasks: one table, one picture

@@ -57,7 +57,10 @@ EPOCHS = 100  # of a run of maml++, whose losses after early steps count in the 
 
 @memoise
 def make_model(config: Config) -> Model:
-    """The network of a configuration: an MLP of 40-40 for sine waves; conv4, a supernet or the cells of a genotype for images."""
+    """The network of a configuration.
+
+    An MLP of 40-40 for sine waves; conv4, a supernet or the cells of a genotype for images, for SNAIL on photographs a ResNet.
+    """
     shape = SHAPES.get(config.dataset, ())
     pool = config.dataset == "colour84"
     if config.dataset == "sinusoid":
@@ -98,10 +101,13 @@ def make_outer(config: Config) -> optax.GradientTransformation:
         }
         return falling.get(config.outer_schedule, start)
 
+    if config.clip is not None and config.clip <= 0:
+        raise ValueError(f"train: clip must be above 0, got {config.clip}; leave it out for no limit.")
+    parts: Any = {"w": optax.sgd(rate(config.outer_rate)), "alpha": optax.sgd(rate(config.alpha_rate))}
     if config.method == "metanas":
-        parts: Any = {"w": optax.sgd(rate(config.outer_rate)), "alpha": optax.sgd(rate(config.alpha_rate))}
-        return on_params(optax.partition(parts, top_level))
-    outer = (optax.sgd if config.method == "reptile" else optax.adam)(rate(config.outer_rate))
+        outer = on_params(optax.partition(parts, top_level))
+    else:
+        outer = (optax.sgd if config.method == "reptile" else optax.adam)(rate(config.outer_rate))
     return outer if config.clip is None else optax.chain(optax.clip(config.clip), outer)
 
 
@@ -160,7 +166,8 @@ def make_masked(config: Config, steps: int | None, masked: Pattern | None) -> Me
 def _plus_plus(config: Config, model: Model, loss: Callable, rule: Any, data: Data, unroll: bool | None) -> MetaLearner:
     """MAML++ with a rule that may be masked."""
     _check_warmup(config)
-    weights = step_weights(data.steps, epoch=max(1, config.steps // EPOCHS)) if data.steps else None
+    early = 15 if config.dataset == "colour84" else 10  # epochs, as in the paper's code
+    weights = step_weights(data.steps, epochs=early, epoch=max(1, config.steps // EPOCHS)) if data.steps else None
     made = [maml(model, loss, rule, data, order=order, step_weights=weights, unroll=unroll) for order in (1, 2)]
     return switch(*made, at=(config.warmup,)) if config.warmup else made[1]
 
@@ -271,6 +278,8 @@ def find_genotype(given: str) -> Genotype:
 
 def make_splits(config: Config) -> Splits | None:
     """The image classes of a configuration, None for sine waves."""
+    if config.dataset not in PHOTOGRAPHS and (config.without or config.classes != Config.classes):
+        raise ValueError(f"classes, without: these are for photographs, but the dataset is {config.dataset}.")
     if config.dataset == "glyphs":
         return glyphs(size=SHAPES["glyphs"][0], seed=config.seed)
     if config.dataset == "omniglot":
@@ -278,7 +287,7 @@ def make_splits(config: Config) -> Splits | None:
         return omniglot(config.source, split=config.split, rotate=rotate, size=SHAPES["omniglot"][0], seed=config.seed)
     if config.dataset in PHOTOGRAPHS:
         if config.source is None:
-            raise ValueError(f"train: dataset {config.dataset} needs --source, an .npz file or a folder of pictures a class.")
+            raise ValueError(f"source: dataset {config.dataset} needs one, an .npz file or a folder of pictures a class.")
         size, _, channels = SHAPES[config.dataset]
         return photographs(
             config.source, size=size, channels=channels, classes=config.classes, without=config.without, seed=config.seed

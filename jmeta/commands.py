@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -34,6 +35,8 @@ from jmeta.train import Fit, Validation, fit
 BENCHMARKS = ("speed", "growth", "overhead", "frozen")
 PAPER = 127  # a border brighter than this is paper: the ink is dark
 ROUTED_WAYS = 5  # of the tasks whose channels are compared, at most: few alphabets have 40 classes
+DATA = ("dataset", "source", "split", "rotate", "classes", "without", "ways", "shots", "seed")
+RETRAINED = (*DATA, "genotype", "cells", "reductions", "filters")  # what a derived network shares with its supernet
 SIZED_TASKS = 20  # whose used weights are counted
 TEST_KEY, EPISODE_KEY, ADAPT_KEY, SEARCH_KEY, ROUTING_KEY, SIZE_KEY = range(
     1, 7
@@ -202,14 +205,13 @@ def _task_sizes(config: Config, problem: Problem, theta: Theta) -> dict[str, Any
     learner = builders.make_learner(config, config.test_steps)
 
     @jax.jit
-    def size(key):
-        key_task, key_learn = jax.random.split(key)
-        support = problem.test.sample(key_task, problem.test.data).support
-        params = learner.adapt(key_learn, theta, support).params
+    def size(key, support):
+        params = learner.adapt(key, theta, support).params
         return sparse_size(params, temperature=builders.COLDEST, threshold=builders.TEST_THRESHOLD)
 
     keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), SIZE_KEY), SIZED_TASKS)
-    sizes = np.array([int(size(key)) for key in keys])
+    pairs = (jax.random.split(key) for key in keys)
+    sizes = np.array([int(size(key_learn, problem.test.draw(key_task).support)) for key_task, key_learn in pairs])
     whole = sum(leaf.size for leaf in jax.tree.leaves(theta.params["w"]))
     figures = {"mean": float(sizes.mean()), "least": int(sizes.min()), "most": int(sizes.max())}
     return {"task_parameters": {**figures, "tasks": len(sizes), "all": whole}}
@@ -561,12 +563,22 @@ def derive(run: Annotated[str, tyro.conf.Positional], *, out: str | None = None)
         for number, choices in enumerate(nodes):
             print(f"{kind} node {number}: {', '.join(f'{op} of input {source}' for op, source in choices)}")
     print(f"{sizes[1]:,} parameters at the width of the supernet, which has {sizes[0]:,}")
-    halving = "" if config.reductions is None else f" --reductions {' '.join(map(str, config.reductions))}"
-    source = "" if config.source is None else f" --source {config.source}"
-    data = f"--dataset {config.dataset}{source} --ways {config.ways} --shots {config.shots}"
-    cells = f"--genotype {path} --cells {config.cells}{halving} --filters {config.filters}"
-    print(f"jmeta train reptile-omniglot-5w1s {data} {cells}   trains it")
+    print(f"{_retraining(config, path)}   trains it")
     return path
+
+
+def _retraining(config: Config, path: Path) -> str:
+    """The command that trains the derived network on the same classes."""
+    name = "reptile-colour84-5w1s" if config.dataset == "colour84" else "reptile-omniglot-5w1s"
+    wanted, default = dataclasses.replace(config, genotype=str(path)), presets.preset(name)
+    words = [name]
+    for field in RETRAINED:
+        value = getattr(wanted, field)
+        if value == getattr(default, field):
+            continue
+        values = () if isinstance(value, bool) else value if isinstance(value, tuple) else (value,)
+        words += [f"--{'no-' * (value is False)}{field}", *map(str, values)]
+    return f"jmeta train {shlex.join(words)}"
 
 
 def _shapes(config: Config) -> Any:
@@ -626,7 +638,7 @@ def _plot_cells(config: Config, learner: MetaLearner, theta: Theta, folder: Path
     tasks, found = builders.make_problem(config).test, {"meta-model": genotype(theta.params)}
     for number, key in enumerate(jax.random.split(jax.random.fold_in(jax.random.key(config.seed), EPISODE_KEY)), 1):
         key_task, key_learn = jax.random.split(key)
-        support = tasks.sample(key_task, tasks.data).support
+        support = tasks.draw(key_task).support
         found[f"task {number}"] = genotype(jax.jit(learner.adapt)(key_learn, theta, support).params)
     paths = [folder / "cells.json", folder / "cells.png", folder / "alphas.png"]
     checkpoint.write_json(paths[0], {name: own._asdict() for name, own in found.items()})
@@ -640,7 +652,7 @@ def _draw_episode(config: Config, learner: MetaLearner, theta: Theta, path: Path
 
     key_task, key_learn = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), EPISODE_KEY))
     tasks = builders.make_problem(config).test
-    task = tasks.sample(key_task, tasks.data)
+    task = tasks.draw(key_task)
     phi = jax.jit(learner.adapt)(key_learn, theta, task.support)
     guesses = np.asarray(jax.jit(learner.predict)(phi, task.query.x)).argmax(-1)
 

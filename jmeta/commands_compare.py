@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jmeta import builders, checkpoint, commands, plot, presets, runs
-from jmeta.core import Theta
+from jmeta.core import Tasks, Theta
 from jmeta.evaluate.fewshot import fewshot
 from jmeta.mesh import task_mesh
 from jmeta.presets import PHOTOGRAPHS, Config
@@ -33,6 +33,7 @@ def compare(
     source: str | None = None,
     photographs: str | None = None,
     split: Literal["customary", "background"] = "customary",
+    classes: tuple[int, int, int] = Config.classes,
     without: tuple[str, ...] = (),
 ) -> Path:
     """Trains learners in turn, each by its preset, tests them on the same episodes, and draws up one table.
@@ -50,6 +51,7 @@ def compare(
       source: where Omniglot lies; looked up or downloaded if not given.
       photographs: where those of colour84 and grey28 lie (see `jmeta.photographs`).
       split: of Omniglot's classes, customary or background.
+      classes: of photographs, to train on, to validate on and to test on.
       without: classes of photographs to leave out.
 
     Returns:
@@ -57,24 +59,36 @@ def compare(
 
     Raises:
       ValueError: a learner has no such preset, both steps and minutes are given, photographs are not given that are needed, or
-        other data sets of images are asked for where no images are learned.
+        another data set has no images of the size that the preset's have.
+      FileNotFoundError: there is nothing where the photographs should be.
     """
     if steps is not None and minutes is not None:
         raise ValueError("compare: give --steps or --minutes, not both.")
-    sources = {name: photographs if name in PHOTOGRAPHS else source for name in presets.SHAPES}
+
+    def on(dataset: str, config: Config) -> Any:
+        """The config on a data set, with what that set alone is told by."""
+        own: Any = {"source": photographs, "classes": classes, "without": without}
+        own = own if dataset in PHOTOGRAPHS else {"source": source, "split": split} if dataset == "omniglot" else {}
+        return dataclasses.replace(config, dataset=dataset, **own)
+
     configs: dict[str, Any] = {name: presets.preset(f"{name}-{preset}") for name in learners}
-    if shift and any(config.dataset == "sinusoid" for config in configs.values()):
-        raise ValueError(f"compare: shift is {', '.join(shift)}, but {preset} learns no images.")
-    _check_photographs({config.dataset for config in configs.values()} | set(shift), photographs)
+    for config in configs.values():
+        _check(config.dataset, shift, photographs)
+    unseen: Any = {(each, seed): builders.make_splits(on(each, Config(seed=seed))) for each in shift for seed in seeds}
+    others = {
+        (name, seed): {each: builders.unseen(config, unseen[each, seed].test) for each in shift}
+        for name, config in configs.items()
+        for seed in seeds
+    }
     folder, rows = Path(out), []
     folder.mkdir(parents=True, exist_ok=True)
     for name, config in configs.items():
-        config = dataclasses.replace(config, source=sources.get(config.dataset), split=split, without=without)
+        config = on(config.dataset, config)
         if steps is not None or minutes is not None:
-            config = dataclasses.replace(config, steps=steps or _affordable(name, config, 60 * (minutes or 0), folder))
+            config = dataclasses.replace(config, steps=steps or _affordable(f"{name}-{preset}", config, minutes or 0, folder))
         for seed in seeds:
-            others = {each: sources[each] for each in shift}
-            row = _one(name, dataclasses.replace(config, seed=seed), folder / f"{name}-{preset}-seed{seed}", others)
+            run = folder / f"{name}-{preset}-seed{seed}"
+            row = _one(name, dataclasses.replace(config, seed=seed), run, others[name, seed])
             rows.append(row)
             checkpoint.write_json(folder / "compare.json", rows)
             print(_line(row), flush=True)
@@ -82,17 +96,22 @@ def compare(
     return folder / "compare.json"
 
 
-def _check_photographs(datasets: set[str], photographs: str | None) -> None:
-    for dataset in datasets & set(PHOTOGRAPHS):
+def _check(dataset: str, shift: tuple[str, ...], photographs: str | None) -> None:
+    shape = presets.SHAPES.get(dataset)
+    for other in shift:
+        if presets.SHAPES[other] != shape:
+            own = "no images" if shape is None else f"images of shape {shape}"
+            raise ValueError(f"compare: shift is {other}, of shape {presets.SHAPES[other]}, but {dataset} has {own}.")
+    for each in {dataset, *shift} & set(PHOTOGRAPHS):
         if photographs is None:
-            raise ValueError(f"compare: {dataset} needs --photographs, an .npz file or a folder of pictures a class.")
+            raise ValueError(f"compare: {each} needs --photographs, an .npz file or a folder of pictures a class.")
         if not Path(photographs).exists():
             raise FileNotFoundError(f"compare: photographs is {photographs}, but there is nothing.")
 
 
-def _affordable(name: str, config: Config, seconds: float, folder: Path) -> int:
-    """The meta-steps that fit into so many seconds, measured once and kept."""
-    path = folder / "budget.json"
+def _affordable(preset: str, config: Config, minutes: float, folder: Path) -> int:
+    """The meta-steps that fit into so many minutes, measured once and kept."""
+    path, name = folder / "budget.json", f"{preset}, {minutes:g} minutes"
     known = json.loads(path.read_text()) if path.is_file() else {}
     if name not in known:
         problem, mesh = builders.make_problem(config), commands.mesh_of(config, None)
@@ -103,25 +122,22 @@ def _affordable(name: str, config: Config, seconds: float, folder: Path) -> int:
             count, start = 2 * count, time.perf_counter()
             jax.block_until_ready(fit(key, learner, problem.train, outer, count, config.batch, mesh=mesh, progress=False).last)
             spent = time.perf_counter() - start
-        checkpoint.write_json(path, {**known, name: max(1, int(seconds / spent * count))})
+        checkpoint.write_json(path, {**known, name: max(1, int(60 * minutes / spent * count))})
     return json.loads(path.read_text())[name]
 
 
-def _one(name: str, config: Config, folder: Path, shift: dict[str, str | None]) -> dict[str, Any]:
-    """Trains or goes on, and measures; `shift` says where the other data sets lie."""
+def _one(name: str, config: Config, folder: Path, shift: dict[str, Tasks]) -> dict[str, Any]:
+    """Trains or goes on, and measures, also on tasks of other data sets."""
     if not (folder / "result.json").is_file():
         commands.train(config, folder, name=name, resume=(folder / "run.json").is_file())
     result, (learner, theta, _) = json.loads((folder / "result.json").read_text()), runs.load(folder)
     problem = builders.make_problem(config)
-    support = problem.test.sample(jax.random.key(0), problem.test.data).support
+    support = problem.test.draw(jax.random.key(0)).support
     adapt = jax.jit(learner.adapt)
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     others = {}
-    for dataset, source in shift.items():
-        other: Any = dataclasses.replace(config, dataset=dataset, source=source)
+    for dataset, tasks in shift.items():
         key = jax.random.fold_in(jax.random.key(config.seed), commands.TEST_KEY)
-        splits: Any = builders.make_splits(other)
-        tasks = builders.unseen(other, splits.test)
         score = fewshot(key, learner, theta, tasks, config.test_episodes, every_step=False, mesh=task_mesh())
         others[dataset] = [score.mean, score.interval]
     return {
@@ -155,8 +171,10 @@ def _median_seconds(run: Any) -> float:
 
 def _memory(config: Config, problem: builders.Problem, theta: Theta) -> float:
     """Bytes of temporary arrays in the compiled meta-gradient of one task, NaN where the device does not tell."""
-    gradient = jax.jit(batch_gradient(builders.make_learner(config), problem.train.sample, 1, 1))
-    compiled = gradient.lower(jax.random.key(0), theta, problem.train.data, jnp.int32(0)).compile()
+    key, train = jax.random.key(0), problem.train
+    gradient = jax.jit(batch_gradient(builders.make_learner(config), train.sample, 1, 1), static_argnums=4)
+    data = train.data if train.stage is None else train.stage(key[None])
+    compiled = gradient.lower(key, theta, data, jnp.int32(0), train.stage is not None).compile()
     found = compiled.memory_analysis()
     return float("nan") if found is None else float(found.temp_size_in_bytes)
 

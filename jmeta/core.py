@@ -104,6 +104,11 @@ class Tasks(NamedTuple):
     stage: Callable[[Array], Any] | None = None
     classes: int | None = None
 
+    def draw(self, key: Array) -> Task:
+        """One task, wherever the data lives; outside of compiled functions."""
+        data = self.data if self.stage is None else jax.tree.map(lambda leaf: leaf[0], self.stage(key[None]))
+        return self.sample(key, data)
+
 
 class Data(NamedTuple):
     """What the inner loop sees at each of `steps` steps.

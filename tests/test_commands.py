@@ -7,6 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 import jmeta as jm
 from jmeta import builders, commands, presets
@@ -63,11 +64,44 @@ def test_its_cells_are_drawn_and_its_architecture_is_kept(run, capsys):
     path = commands.derive(str(run))
     assert jm.load_genotype(path) == jm.genotype(jm.load(run)[1].params)
     told = capsys.readouterr().out
-    assert "parameters at the width of the supernet" in told and f"--genotype {path} --cells 1 --reductions 0 --filters 2" in told
+    assert "parameters at the width of the supernet" in told
+    how = f"--dataset glyphs --genotype {path} --cells 1 --reductions 0 --filters 2   trains it"
+    assert told.splitlines()[-1] == f"jmeta train reptile-omniglot-5w1s {how}"
     config = builders.with_genotype(dataclasses.replace(SMALL, method="fomaml", genotype=str(path)))
     path.unlink()
     theta = jax.eval_shape(builders.make_learner(config).init, jax.random.key(0))
     assert set(theta.params) == {"stem", "cell0", "head"}
+
+
+def test_a_derived_network_is_told_to_train_on_the_same_classes():
+    config = dataclasses.replace(
+        presets.preset("metanas-colour84-5w1s"), source="my pictures", classes=(6, 5, 5), without=("a b",), seed=3, filters=8
+    )
+    how = commands._retraining(config, "found.json")
+    data = "--source 'my pictures' --classes 6 5 5 --without 'a b' --seed 3"
+    assert how == f"jmeta train reptile-colour84-5w1s {data} --genotype found.json --filters 8"
+    assert "--no-rotate" in commands._retraining(dataclasses.replace(config, dataset="omniglot", rotate=False), "found.json")
+
+
+def test_photographs_are_adapted_to_in_colour_and_as_they_are(tmp_path, monkeypatch):
+    config = dataclasses.replace(presets.preset("maml-colour84-5w1s"), source="photographs", filters=2)
+    jm.save(tmp_path / "run", config, builders.make_learner(config).init(jax.random.key(0)))
+    for name, colour in (("bright", (250, 240, 200)), ("red", (200, 0, 0))):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        Image.new("RGB", (60, 40), colour).save(tmp_path / "pictures" / name / "0.png")
+    seen = []
+    monkeypatch.setattr(commands, "predict", lambda *given: seen.append(given[2:4]) or np.full((2, 2), 0.5))
+    for ink in ("auto", "dark"):
+        commands.adapt(str(tmp_path / "run"), support=str(tmp_path / "pictures"), query=str(tmp_path / "pictures"), ink=ink)
+    for (shown, asked), first in zip(seen, (250, 5), strict=True):
+        assert shown.pixels.shape == asked.shape == (2, 84, 84, 3)
+        assert shown.pixels[0, 0, 0, 0] == asked[0, 0, 0, 0] == first
+
+
+def test_a_run_from_before_photographs_is_read_as_it_was():
+    config = presets.preset("maml-omniglot-5w1s")
+    old = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("classes", "without", "clip")}
+    assert presets.from_dict(old, "run") == config
 
 
 def test_other_runs_have_no_cells(tmp_path):

@@ -184,7 +184,7 @@ def test_presets_and_help_are_listed(tmp_path):
 )
 def test_bad_input_ends_in_one_clear_line(place, args, message):
     said = _fails(*args, cwd=place)
-    assert message in said and said.startswith(f"jmeta {args[0]}: ")
+    assert message in said and said.startswith(f"jmeta {args[0]}: ") and said.count("\n") == 1
 
 
 @pytest.mark.parametrize(

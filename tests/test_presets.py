@@ -106,15 +106,26 @@ def test_colour_presets_draw_from_photographs(photographs):
     assert theta.params["head"]["kernel"].shape == (5 * 5 * 32, 2)  # pooled four times
     grey = builders.make_problem(dataclasses.replace(config, dataset="grey28"))
     assert grey.test.sample(jax.random.key(0), grey.test.data).support.x.shape == (2, 28, 28, 1)
-    with pytest.raises(ValueError, match="train: dataset colour84 needs --source"):
+    with pytest.raises(ValueError, match="source: dataset colour84 needs one"):
         builders.make_problem(dataclasses.replace(config, source=None))
+    with pytest.raises(ValueError, match="classes, without: these are for photographs, but the dataset is glyphs"):
+        builders.make_problem(dataclasses.replace(config, dataset="glyphs"))
 
 
 def test_a_meta_gradient_is_clipped_where_that_is_asked_for():
-    config = Config(clip=10.0, method="reptile", outer_rate=1.0)
-    outer = builders.make_outer(config)
-    gradient = {"w": np.array([-30.0, 4.0])}
-    np.testing.assert_allclose(outer.update(gradient, outer.init(gradient))[0]["w"], [10.0, -4.0])
+    gradient = jm.Theta({"w": np.array([-30.0, 4.0]), "alpha": np.array([20.0])})
+
+    def first(**options):
+        outer = builders.make_outer(Config(**options))
+        return outer.update(gradient, outer.init(gradient))
+
+    np.testing.assert_allclose(first(clip=10.0, method="reptile", outer_rate=1.0)[0].params["w"], [10.0, -4.0])
+    moved = first(clip=10.0, method="metanas", outer_rate=1.0, alpha_rate=0.5)[0].params
+    np.testing.assert_allclose(np.concatenate([moved["w"], moved["alpha"]]), [10.0, -4.0, -5.0])
+    means = [optax.tree.get(first(**limit)[1], "mu").params["w"] for limit in ({"clip": 10.0}, {})]
+    np.testing.assert_allclose(means, [[-1.0, 0.4], [-3.0, 0.4]], rtol=1e-5)  # Adam's mean takes a tenth
+    with pytest.raises(ValueError, match="train: clip must be above 0, got 0"):
+        first(clip=0)
 
 
 @pytest.mark.parametrize("name", pretrain.PRESETS)

@@ -26,6 +26,7 @@ def linen_model(module: nn.Module, example: jax.Array, layers: tuple[str, ...], 
       support_stats: whether `Model.stats` is offered.
     """
 
+    @jax.jit  # or the forward pass would run too, operation by operation
     def init(key):
         return module.init(key, example)["params"]
 

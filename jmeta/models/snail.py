@@ -156,6 +156,7 @@ def snail_net(
     most = ways * most_shots
     steps = dilations(most + 1, first_dilation)
 
+    @jax.jit
     def init(key):
         key_embedding, key_head, *keys = jax.random.split(key, 2 + 2 * len(attention))
         params, width = {"embedding": embedding.init(key_embedding)}, features + ways

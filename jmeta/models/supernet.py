@@ -66,6 +66,7 @@ def supernet(
     sizes = {"ways": ways, "cells": cells, "nodes": nodes, "channels": channels}
     layout = Layout(cells, _check("supernet", sizes, reductions, shape, norm), _edges(space, nodes), norm)
 
+    @jax.jit
     def init(key):
         key_alpha, key_weights = jax.random.split(key)
         alpha = _without(init_alpha(key_alpha, nodes), space)
@@ -117,6 +118,7 @@ def derive(
     layout = Layout(cells, halving, _chosen(genotype), norm)
     weights = {kind: _ones(edges, len(genotype.normal)) for kind, edges in layout.edges.items()}
 
+    @jax.jit
     def init(key):
         return init_network(key, layout, ways, channels, shape[2], affine=True)
 

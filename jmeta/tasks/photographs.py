@@ -31,8 +31,9 @@ def photographs(
     """Classes of photographs to train on, to choose with and to test on.
 
     Args:
-      source: a folder with the folders train, val (or valid) and test, in each a folder of pictures a class, as mini-ImageNet is
-        handed around; or a folder of pictures a class, or an .npz file for `from_npz`, whose classes are then divided at random.
+      source: a folder with the folders train, val (or valid, validation) and test, in each a folder of pictures a class, as
+        mini-ImageNet is handed around; or a folder of pictures a class, or an .npz file for `from_npz`, whose classes are then
+        divided at random.
       size: height and width that pictures are resized to.
       channels: 3, or 1 for grey.
       classes: how many to train on, to choose with and to test on, where the source does not tell; others are left out.
@@ -44,7 +45,8 @@ def photographs(
 
     Raises:
       FileNotFoundError: there is no such source.
-      ValueError: a class to leave out is not there, or there are fewer classes than asked for; see also `from_folder`, `from_npz`.
+      ValueError: a class to leave out is not there, a class stands in two of the folders train, val and test, or there are fewer
+        classes than asked for; see also `from_folder`, `from_npz`.
     """
     path = Path(source)
     if not path.exists():
@@ -52,23 +54,29 @@ def photographs(
     if path.is_dir() and all((path / name).is_dir() for name in ("train", "test")):
         folders = {part: next((path / name for name in names if (path / name).is_dir()), None) for part, names in PARTS.items()}
         parts = {part: folder and from_folder(folder, size, channels) for part, folder in folders.items()}
-        return _left(Splits(**parts), without)
+        _check_names(path, [name for part in parts.values() if part for name in part.names], without)
+        return Splits(**{part: images and _left(images, without) for part, images in parts.items()})
     images = from_folder(path, size, channels) if path.is_dir() else _resized(from_npz(path), size, channels)
-    return Splits(*split_classes(_left(Splits(images, None, images), without).train, classes, seed))
+    _check_names(path, images.names, without)
+    return Splits(*split_classes(_left(images, without), classes, seed))
 
 
-def _left(splits: Splits, without: Sequence[str]) -> Splits:
-    """Without the classes of those names."""
-    known = {name for part in splits if part is not None for name in part.names}
-    missing = sorted(set(without) - known)
+def _check_names(path: Path, names: Sequence[str], without: Sequence[str]) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(
+            f"source: class {twice[0]!r} stands in two of the folders of {path}, but few-shot tests are on classes that were not "
+            "trained on. Usual cause: folders made for ordinary classification; give one folder with all classes."
+        )
+    missing = sorted(set(without) - set(names))
     if missing:
-        raise ValueError(f"without: there is no class {missing[0]!r}; there are {', '.join(sorted(known))}.")
+        raise ValueError(f"without: there is no class {missing[0]!r}; there are {', '.join(sorted(names))}.")
 
-    def left(images: Images | None) -> Images | None:
-        kept = [] if images is None else [number for number, name in enumerate(images.names) if name not in without]
-        return images if images is None or len(kept) == len(images.names) else take_classes(images, kept)
 
-    return Splits(*(left(part) for part in splits))  # type: ignore[arg-type]
+def _left(images: Images, without: Sequence[str]) -> Images:
+    """Without the classes of those names."""
+    kept = [number for number, name in enumerate(images.names) if name not in without]
+    return images if len(kept) == len(images.names) else take_classes(images, kept)
 
 
 def _resized(images: Images, size: int, channels: int) -> Images:

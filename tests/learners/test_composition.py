@@ -1,4 +1,7 @@
-"""Every learner with an inner loop runs under a lambda pattern, a zap and routing, all at once, without a line of its own."""
+"""Learners with an inner loop run under a lambda pattern, a zap and routing, all at once, without a line of their own.
+
+Those that are not here (ANIL, BOIL, Meta-SGD, CAVIA, MAML++, OML, ANML) are these with rules of their own.
+"""
 
 import jax
 import jax.numpy as jnp

@@ -20,7 +20,7 @@ SMALL = {"cells": 3, "nodes": 2, "channels": 2, "reductions": (1,), "shape": (9,
 def _small(key, **options):
     """A small supernet in float64, with alphas that differ, and two images."""
     model = jm.supernet(3, **{**SMALL, **options})
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), jax.jit(model.init)(key))
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), model.init(key))
     params["alpha"] = jax.tree.map(lambda leaf: jnp.where(leaf < -1e6, leaf, 1000 * leaf), params["alpha"])
     return model, params, jax.random.normal(key, (2, 9, 8, 1), jnp.float64)
 
@@ -267,7 +267,7 @@ def test_each_norm_takes_its_own_statistics(key, norm):
         shape=(8, 8, 1),
         norm=norm,
     )
-    params, x = jax.jit(model.init)(key), jax.random.normal(key, (3, 8, 8, 1))
+    params, x = model.init(key), jax.random.normal(key, (3, 8, 8, 1))
     together, alone = jax.jit(lambda: (model.apply(params, x)[:1], model.apply(params, x[:1])))()
     assert np.allclose(together, alone, atol=1e-5) == (norm != "batch")
 
@@ -340,7 +340,7 @@ def test_tnas_is_maml_of_first_order_on_a_supernet(key):
         (lambda: jm.supernet(5, norm="support"), "norm must be one of batch, layer, instance, got 'support'"),
         (lambda: jm.supernet(5, nodes=2, space=full_space(3)), r"2 nodes see \[2, 3\] inputs.*nodes of \[2, 3, 4\] inputs"),
         (
-            lambda: jm.promising(jax.jit(jm.supernet(5, cells=1, nodes=1).init)(jax.random.key(0)), threshold=0.2),
+            lambda: jm.promising(jm.supernet(5, cells=1, nodes=1).init(jax.random.key(0)), threshold=0.2),
             "promising: threshold must be from 0 to below 1/7",
         ),
         (lambda: _apply_others(), "supernet: the alphas must be those of cells of 2 nodes"),

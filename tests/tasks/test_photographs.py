@@ -58,6 +58,14 @@ def test_folders_that_are_divided_already_are_taken_so(tmp_path, valid):
     assert splits.train.pixels.shape == (2, 8, 8, 3)
 
 
+def test_one_class_cannot_stand_in_two_parts(tmp_path):
+    for part in ("train", "test"):
+        (tmp_path / part / "cat").mkdir(parents=True)
+        Image.new("RGB", (9, 7)).save(tmp_path / part / "cat" / "0.png")
+    with pytest.raises(ValueError, match="source: class 'cat' stands in two of the folders"):
+        jm.photographs(tmp_path, size=8)
+
+
 def test_what_is_not_there_is_told(npz, tmp_path):
     with pytest.raises(FileNotFoundError, match="source: nothing at"):
         jm.photographs(tmp_path / "nowhere")
