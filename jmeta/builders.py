@@ -61,7 +61,7 @@ def make_model(config: Config) -> Model:
 
     An MLP of 40-40 for sine waves; conv4, a supernet or the cells of a genotype for images, for SNAIL on photographs a ResNet.
     """
-    shape = SHAPES.get(config.dataset, ())
+    shape: Any = SHAPES.get(config.dataset)  # none for sine waves
     pool = config.dataset == "colour84"
     if config.dataset == "sinusoid":
         if config.genotype is not None or config.method in ("metanas", "cavia", *COMPARING):

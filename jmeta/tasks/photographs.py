@@ -11,6 +11,7 @@ Differs from the papers in: any classes of photographs are taken; where they are
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -53,7 +54,7 @@ def photographs(
         raise FileNotFoundError(f"source: nothing at {path}")
     if path.is_dir() and all((path / name).is_dir() for name in ("train", "test")):
         folders = {part: next((path / name for name in names if (path / name).is_dir()), None) for part, names in PARTS.items()}
-        parts = {part: folder and from_folder(folder, size, channels) for part, folder in folders.items()}
+        parts: Any = {part: folder and from_folder(folder, size, channels) for part, folder in folders.items()}
         _check_names(path, [name for part in parts.values() if part for name in part.names], without)
         return Splits(**{part: images and _left(images, without) for part, images in parts.items()})
     images = from_folder(path, size, channels) if path.is_dir() else _resized(from_npz(path), size, channels)
