@@ -52,7 +52,7 @@ TRAIN_THRESHOLD, TEST_THRESHOLD = 0.01, 0.05
 ALPHA_DECAY = 1e-3
 COMPARING = ("protonet", "matching", "ridge", "snail")  # methods without inner steps
 SNAIL_WIDTHS = (64, 96, 128, 256)  # of its embedding's blocks for photographs
-EPOCHS = 100  # of a run of maml++, whose losses after early steps count in the first ten
+EPOCHS = 100  # of a run of maml++, whose losses after early steps count in the first ten or fifteen
 
 
 @memoise

@@ -35,8 +35,10 @@ from jmeta.train import Fit, Validation, fit
 BENCHMARKS = ("speed", "growth", "overhead", "frozen")
 PAPER = 127  # a border brighter than this is paper: the ink is dark
 ROUTED_WAYS = 5  # of the tasks whose channels are compared, at most: few alphabets have 40 classes
-DATA = ("dataset", "source", "split", "rotate", "classes", "without", "ways", "shots", "seed")
-RETRAINED = (*DATA, "genotype", "cells", "reductions", "filters")  # what a derived network shares with its supernet
+RETRAINED = (  # what a derived network shares with its supernet
+    *("dataset", "source", "split", "rotate", "classes", "without", "ways", "shots", "seed"),
+    *("genotype", "cells", "reductions", "filters"),
+)
 SIZED_TASKS = 20  # whose used weights are counted
 TEST_KEY, EPISODE_KEY, ADAPT_KEY, SEARCH_KEY, ROUTING_KEY, SIZE_KEY = range(
     1, 7
