@@ -27,8 +27,12 @@ def linen_model(module: nn.Module, example: jax.Array, layers: tuple[str, ...], 
     """
 
     @jax.jit  # or the forward pass would run too, operation by operation
-    def init(key):
+    def make(key):
         return module.init(key, example)["params"]
+
+    def init(key):
+        params = make(key)
+        return {name: params[name] for name in layers}  # `jit` sorts them by name
 
     def apply(params, x, stats=None):
         variables = {"params": params} if stats is None else {"params": params, "stats": stats}
