@@ -36,7 +36,8 @@ from jmeta.evaluate.draws import interval
 
 RESULTS = Path(__file__).parent / "results" / "zapping"
 METHODS = ("iid", "iid-zap", "asb", "asb-zap", "meta-asb", "meta-asb-zap", "oml", "anml")
-SETTINGS = {  # how unseen classes are learned, and the rates to choose from, for a width of 64
+RATES = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6)
+SETTINGS = {  # how unseen classes are learned, and the first rates to choose from; more of RATES while the best is at an edge
     "frozen": (1e-2, 3e-3, 1e-3),
     "unfrozen": (1e-3, 3e-4, 1e-4),
     "fine-tuned": (3e-3, 1e-3, 3e-4),
@@ -70,20 +71,34 @@ def configuration(method: str, asked: argparse.Namespace, seed: int) -> pretrain
 def learn(test: Test, model: jm.Model, theta: jm.Theta, unseen: jm.Images, seed: int) -> dict[str, Any]:
     """Unseen classes are learned: accuracy of each draw, and of the classes seen so far."""
     key = jax.random.fold_in(jax.random.key(seed), TEST_KEY)
-    how: dict[str, Any] = {"classes": test.classes, "draws": test.draws, "rates": test.rates, "mesh": jm.task_mesh()}
-    start = time.perf_counter()
-    if test.setting == "fine-tuned":
-        found = jm.transfer(key, model, jm.xent, theta, unseen, **FINE_TUNING, **how)
+    how: dict[str, Any] = {"classes": test.classes, "draws": test.draws, "mesh": jm.task_mesh()}
+    start, tried, rates = time.perf_counter(), {}, test.rates
+    while rates:
+        if test.setting == "fine-tuned":
+            found = jm.transfer(key, model, jm.xent, theta, unseen, rates=rates, **FINE_TUNING, **how)
+        else:
+            found = jm.continual(key, model, jm.xent, theta, unseen, rates=rates, frozen=test.setting == "frozen", **how)
+        tried |= found.tried
+        rates = beyond(tried)
+    if isinstance(found, jm.Transfer):
         scores, own = found.accuracy, FINE_TUNING
     else:
-        found = jm.continual(key, model, jm.xent, theta, unseen, frozen=test.setting == "frozen", **how)
         scores = found.matrix[:, -1].mean(-1)
         own = {"checkpoints": found.checkpoints, "running": found.running.tolist(), "forgetting": found.forgetting}
     mean, half = interval(scores)
     about = {"mean": mean, "interval95": half, "accuracy": scores.tolist(), **test._asdict(), "machine": machine()}
-    about |= {"rate": found.rate, "edge": found.rate in (min(test.rates), max(test.rates))}
-    about["tried"] = {f"{rate:g}": score for rate, score in found.tried.items()}
+    about |= {"rate": found.rate, "edge": found.rate in (min(tried), max(tried))}
+    about["tried"] = {f"{rate:g}": score for rate, score in sorted(tried.items())}
     return without_nan({**about, **own, "seconds": time.perf_counter() - start})
+
+
+def beyond(tried: dict[float, tuple[float, float]]) -> tuple[float, ...]:
+    """The best rate and the next of RATES, where the best is the highest or the lowest that was tried; none otherwise."""
+    best = max(tried, key=lambda rate: tried[rate][0])
+    side = (best == min(tried)) - (best == max(tried))
+    if best not in RATES or not side or not 0 <= RATES.index(best) + side < len(RATES):
+        return ()
+    return best, RATES[RATES.index(best) + side]
 
 
 def measure(method: str, config: pretrain.Pretrain, tests: Sequence[Test], runs: Path) -> Path:
@@ -148,7 +163,7 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--classes", nargs="+", type=int, default=[10, 50, 100])
     parser.add_argument("--draws", type=int, default=5, help="fresh ones that are reported; as many choose the rate")
-    parser.add_argument("--rates", nargs="+", type=float, help="learning rates to choose from; three a setting if not given")
+    parser.add_argument("--rates", nargs="+", type=float, help="the first learning rates; three a setting if not given")
     parser.add_argument("--runs", type=Path, default=Path("runs") / "zapping")
     asked = parser.parse_args()
     jm.use_cores()

@@ -31,6 +31,7 @@ from jmeta.evaluate.search import Search as Search
 from jmeta.evaluate.search import search as search
 from jmeta.evaluate.transfer import Transfer as Transfer
 from jmeta.evaluate.transfer import transfer as transfer
+from jmeta.hosts import start_processes as start_processes
 from jmeta.learners.asb import anml as anml
 from jmeta.learners.asb import asb as asb
 from jmeta.learners.asb import oml as oml

@@ -2,12 +2,14 @@
 
 import dataclasses
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from jmeta import checkpoint, commands, commands_compare, commands_pretrain, presets, pretrain
+from jmeta import checkpoint, commands, commands_compare, commands_pretrain, hosts, presets, pretrain
 from jmeta.autotune import use_cache
+from jmeta.hosts import start_processes
 from jmeta.mesh import use_cores
 
 USAGE = """usage: jmeta COMMAND ...
@@ -39,6 +41,28 @@ class _Where:
     """A new folder for the run; runs/PRESET-DATE-TIME if not given."""
     devices: int | None = None
     """GPUs, or cores, that the tasks of a meta-step are spread over; as many as can take equal shares if not given."""
+    distributed: bool = False
+    """This is one of several processes that train the run together, on all their devices; all of them must see --out."""
+    coordinator: str | None = None
+    """With --distributed where no scheduler tells: HOST:PORT at which process 0 is found."""
+    processes: int | None = None
+    """Likewise: how many there are."""
+    process: int | None = None
+    """Likewise: the number of this one, from 0."""
+
+    def begin(self, config: Any) -> None:
+        """Joins the other processes and sets the devices up, before anything is computed."""
+        given = (self.coordinator, self.processes, self.process)
+        if not self.distributed and any(value is not None for value in given):
+            raise ValueError("train: --coordinator, --processes and --process go with --distributed.")
+        if self.distributed and isinstance(config, pretrain.Pretrain):
+            raise ValueError(
+                "train: --distributed shares out the tasks of a meta-step; pre-training takes one, so run a seed on each."
+            )
+        if self.distributed:
+            start_processes(*given)
+        use_cores(self.devices)
+        use_cache()
 
 
 def _train(args: list[str]) -> None:
@@ -50,12 +74,13 @@ def _train(args: list[str]) -> None:
     default = pretrain.PRESETS[name] if name in pretrain.PRESETS else presets.preset(name)
     prog = f"jmeta train {name}"
     where, config = _parse(prog, args[named:], default)
-    use_cores(where.devices)
-    use_cache()
+    if where.distributed and where.out is None:
+        raise ValueError("train: --distributed needs --out, the same folder in every process.")
+    where.begin(config)
     if isinstance(config, pretrain.Pretrain):
         print(commands_pretrain.train(config, where.out, name=name))
     else:
-        print(commands.train(config, where.out, name=name, devices=where.devices))
+        _tell(commands.train(config, where.out, name=name, devices=where.devices))
 
 
 def _resume(args: list[str]) -> None:
@@ -69,14 +94,19 @@ def _resume(args: list[str]) -> None:
     if where.out is not None:
         raise ValueError("train: --resume goes on in the folder of its run; it takes no --out.")
     if isinstance(config, pretrain.Pretrain):
-        use_cores(where.devices)
-        use_cache()
+        where.begin(config)
         return print(commands_pretrain.train(changed, run, resume=True))
     if config.outer_schedule != "constant" and changed.steps != config.steps:
         raise ValueError(f"train: the outer rate of {run} falls over {config.steps} steps, which cannot change now.")
-    use_cores(checkpoint.read_run(run).get("devices", 1) if where.devices is None else where.devices)
-    use_cache()
-    print(commands.train(changed, run, resume=True, devices=where.devices))
+    if where.devices is None and not where.distributed:
+        where = dataclasses.replace(where, devices=checkpoint.read_run(run).get("devices", 1))
+    where.begin(config)
+    _tell(commands.train(changed, run, resume=True, devices=where.devices))
+
+
+def _tell(folder: Path) -> None:
+    if hosts.leads():
+        print(folder)
 
 
 def _parse(prog: str, args: list[str], default: Any) -> tuple[_Where, Any]:
@@ -114,7 +144,7 @@ def main() -> None:
             raise ValueError(f"{command!r} is no command; jmeta --help lists them.")
     except ERRORS as error:
         print(f"jmeta {command}: {error}", file=sys.stderr)
-        sys.exit(1)
+        hosts.leave(1)
     except KeyboardInterrupt as error:
         print(str(error) or "Stopped.", file=sys.stderr)
         sys.exit(130)

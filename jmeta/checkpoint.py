@@ -5,6 +5,7 @@ command line adds. Orbax writes a checkpoint beside and renames it, so one that 
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -18,11 +19,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from jmeta import hosts
 from jmeta.mesh import usable_cores
 
 FORMAT = 1
 KEEP = 2
+DIGEST = "digest"  # of all leaves, kept with them
 
 
 class Snapshot(NamedTuple):
@@ -123,7 +127,7 @@ def open_run(workdir: str | Path, resume: bool, config: Any, labels: tuple[str, 
             warnings.warn(
                 f"resume: the run in {folder} began with {began} devices and goes on with {devices}: with the same tasks, and the "
                 "same numbers up to the order of sums, but no longer bit for bit.",
-                stacklevel=3,
+                stacklevel=5,
             )
         for name, value in kept.items():
             if described.get(name, value) != value:
@@ -158,11 +162,19 @@ def kept(workdir: str | Path | None, resume: bool, name: str) -> int | None:
     return read_run(workdir).get(name)
 
 
-def keep_config(folder: Path, config: Any) -> None:
-    """Writes the config of a run that is resumed for more steps."""
+def take_over(folder: Path, config: Any, step: int) -> None:
+    """Readies a run to go on from `step`: with the config of now, which may ask for more steps, and without damaged checkpoints.
+
+    Those of later steps could not be read; they are moved to the run's folder `damaged`, since their steps will be written anew.
+    """
     described = read_run(folder)
     if described["config"] != plain(config):
         write_json(folder / "run.json", {**described, "config": plain(config)})
+    for newer in _steps(folder):
+        if newer > step:
+            place = folder / "damaged"
+            place.mkdir(exist_ok=True)
+            (folder / "checkpoints" / str(newer)).rename(place / f"{newer}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 def _same_config(folder: Path, config: Any) -> None:
@@ -183,10 +195,20 @@ def _same_config(folder: Path, config: Any) -> None:
         )
 
 
-def _manager(folder: Path) -> Any:
+def _manager(folder: Path, *, together: bool) -> Any:
+    """Orbax's manager of a run's checkpoints, of all processes together or of this one alone."""
     import orbax.checkpoint as ocp
 
-    options = ocp.CheckpointManagerOptions(max_to_keep=KEEP, enable_async_checkpointing=False, create=True)
+    own: dict[str, Any] = {}
+    if not together and jax.process_count() > 1:
+        number = jax.process_index()
+        own = {"primary_host": number, "active_processes": {number}, "barrier_sync_key_prefix": f"process{number}"}
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=KEEP,
+        enable_async_checkpointing=False,
+        create=together,
+        multiprocessing_options=ocp.options.MultiprocessingOptions(**own),
+    )
     return ocp.CheckpointManager(folder / "checkpoints", options=options)
 
 
@@ -195,14 +217,38 @@ def _leaves(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def write(folder: Path, snapshot: Snapshot) -> None:
-    """Saves a snapshot as checkpoint `snapshot.step`; the newest two are kept."""
+def _digest(leaves: dict[str, Any]) -> np.ndarray:
+    """SHA-256 of names and bytes, uint8 `[32]`: what stores the arrays would not notice every damage."""
+    total = hashlib.sha256()
+    for name in sorted(leaves):
+        total.update(name.encode())
+        total.update(np.ascontiguousarray(leaves[name]).tobytes())
+    return np.frombuffer(total.digest(), np.uint8)
+
+
+def write(folder: Path, snapshot: Snapshot, mesh: Mesh | None = None) -> None:
+    """Saves a snapshot as checkpoint `snapshot.step`; the newest two are kept. All processes of a mesh must call it.
+
+    Raises:
+      OSError: it cannot be written; those written before stay.
+    """
     import orbax.checkpoint as ocp
 
-    with _manager(folder) as manager:
-        if snapshot.step not in manager.all_steps():
-            leaves = {name: np.asarray(_bits(leaf)) for name, leaf in _leaves(snapshot).items()}
-            manager.save(snapshot.step, args=ocp.args.StandardSave(leaves))
+    written = snapshot.step in _steps(folder)
+    hosts.wait(mesh)  # or one would look only after another has written
+    if written:
+        return
+    leaves = {name: np.asarray(_bits(leaf)) for name, leaf in _leaves(snapshot).items()}
+    try:
+        with _manager(folder, together=True) as manager:
+            manager.save(snapshot.step, args=ocp.args.StandardSave({**leaves, DIGEST: _digest(leaves)}))
+    except Exception as error:  # TensorStore's are of several kinds
+        before = latest(folder)
+        kept = "there is none before it" if before is None else f"the newest whole one is that of step {before}"
+        raise OSError(
+            f"checkpoint: step {snapshot.step} cannot be written to {folder}; {kept}. Usual cause: a full disk. "
+            f"({str(error).strip()[-200:]})"
+        ) from error
 
 
 def _is_key(leaf: Any) -> bool:
@@ -228,29 +274,53 @@ def fresh(folder: Path, name: str, suffix: str) -> Path:
     return next(path for n in numbers if not (path := folder / f"{name}-{stamp}{n}.{suffix}").exists())
 
 
+def _steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints, the newest first; also of a run that another process is writing to."""
+    return sorted((int(each.name) for each in (folder / "checkpoints").glob("*") if each.name.isdigit()), reverse=True)
+
+
 def latest(folder: Path) -> int | None:
-    """The step of the newest whole checkpoint, or None; also of a run that another process is writing to."""
-    return max((int(each.name) for each in (folder / "checkpoints").glob("*") if each.name.isdigit()), default=None)
+    """The step of the newest checkpoint, or None."""
+    return next(iter(_steps(folder)), None)
 
 
 def read(folder: Path, like: Snapshot) -> Snapshot:
-    """Reads the newest checkpoint into the structure of `like`.
+    """Reads the newest checkpoint into the structure of `like`; of one that is damaged it warns, and reads the one before.
 
     Raises:
       FileNotFoundError: there is none.
-      ValueError: it is of another model, learner or optimiser; the first leaf that differs is named.
+      ValueError: none can be read, or it is of another model, learner or optimiser; the first leaf that differs is named.
     """
     return _fit_into(like, _stored(folder), folder)
 
 
 def _stored(folder: Path) -> dict[str, Any]:
+    """Leaves by name of the newest checkpoint that is whole."""
+    found = _steps(folder)
+    if not found:
+        raise FileNotFoundError(f"run: {folder} has no whole checkpoint yet.")
+    for step, before in zip(found, [*found[1:], None], strict=True):
+        try:
+            return _whole(folder, step)
+        except Exception as error:  # Orbax and TensorStore raise many kinds
+            damage = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
+            what = f"checkpoint: that of step {step} in {folder} is damaged ({damage})"
+            if before is None:
+                cause = "Usual causes: files that were copied in part, or changed by hand."
+                raise ValueError(f"{what}, and there is none before it. {cause}") from error
+            warnings.warn(f"{what}; that of step {before} is used.", stacklevel=4)
+    raise AssertionError
+
+
+def _whole(folder: Path, step: int) -> dict[str, Any]:
     import orbax.checkpoint as ocp
 
-    step = latest(folder)
-    if step is None:
-        raise FileNotFoundError(f"run: {folder} has no whole checkpoint yet.")
-    with _manager(folder) as manager:
-        return manager.restore(step, args=ocp.args.StandardRestore())
+    with _manager(folder, together=False) as manager:
+        stored = manager.restore(step, args=ocp.args.StandardRestore())
+    digest = stored.pop(DIGEST, None)  # those of jmeta's first runs have none
+    if digest is not None and not np.array_equal(digest, _digest(stored)):
+        raise ValueError("its arrays are not those that were written")
+    return stored
 
 
 def _fit_into(like: Any, stored: dict[str, Any], folder: Path) -> Any:

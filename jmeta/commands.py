@@ -17,7 +17,7 @@ import numpy as np
 import tyro
 from jax.sharding import Mesh
 
-from jmeta import builders, checkpoint, presets, pretrain, runs
+from jmeta import builders, checkpoint, hosts, presets, pretrain, runs
 from jmeta.architecture import genotype, save_genotype
 from jmeta.autotune import tune
 from jmeta.builders import Problem
@@ -59,7 +59,8 @@ def train(
       name: of the preset, for that folder.
       resume: go on with the run in workdir.
       devices: that the tasks of a meta-step are spread over; if None, what a resumed run began with, or all that can take equal
-        shares of the meta-batch.
+        shares of the meta-batch. After `jmeta.start_processes` it is all devices of all processes, and process 0 alone writes and
+        prints.
 
     Returns:
       The folder.
@@ -79,16 +80,21 @@ def train(
         config, chunk = _tuned(config, problem, mesh)
     done = _fit(config, problem, folder, resume, mesh, chunk)
     score = _test(config, problem, done.theta, problem.test, config.test_episodes, config.seed, mesh)
+    hosts.alone(mesh, lambda: _conclude(config, problem, folder, score, done.theta))
+    return folder
+
+
+def _conclude(config: Config, problem: Problem, folder: Path, score: Score, theta: Theta) -> None:
+    """Writes the result of a run, draws its pictures and prints its score."""
     result = {
         **_described(config, problem, score),
-        **_task_sizes(config, problem, done.theta),
+        **_task_sizes(config, problem, theta),
         "seeds": [config.seed],
         "minutes": _minutes(folder, config.batch),
     }
     checkpoint.write_json(folder / "result.json", result)
     plot(str(folder))
     print(f"{problem.metric_name} on unseen tasks: {score} [norm: {_norm(config)}]")
-    return folder
 
 
 def _check_test(config: Config, problem: Problem) -> None:
@@ -117,10 +123,12 @@ def _kept_devices(folder: Path) -> int | None:
 
 
 def mesh_of(config: Config, devices: int | None) -> Mesh | None:
-    """The devices of a run: so many, or as many as can take equal shares of its meta-batch."""
+    """The devices of a run: so many, or as many as can take equal shares of its meta-batch; with several processes, all of them."""
     chunk = config.chunk or 1
     if chunk < 1 or config.batch % chunk:
         raise ValueError(f"train: batch must be divisible by chunk, got batch {config.batch} and chunk {config.chunk}.")
+    if jax.process_count() > 1:
+        devices = jax.device_count()
     mesh = task_mesh(share(config.batch // chunk, jax.device_count()) if devices is None else devices)
     check_batch(config.batch, mesh)
     return mesh
@@ -142,8 +150,11 @@ def _tuned(config: Config, problem: Problem, mesh: Mesh | None) -> tuple[Config,
     if config.chunk is not None and config.unroll is not None:
         return config, config.chunk
     params = jax.eval_shape(builders.make_learner(config).init, jax.random.key(0)).params
-    if _work(config, params) < TUNED_FROM:
-        print(f"{_untuned(config, params, mesh)} (default: a run this short is not tuned)", flush=True)
+    alone = jax.process_count() == 1
+    if not alone or _work(config, params) < TUNED_FROM:
+        if hosts.leads():
+            why = "a run this short is" if alone else "several processes are"
+            print(f"{_untuned(config, params, mesh)} (default: {why} not tuned)", flush=True)
         return config, config.chunk
     print("measuring chunk and unroll ...", flush=True)
     choice = tune(

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXIS = "tasks"
@@ -130,17 +131,51 @@ def check_batch(batch: int, mesh: Mesh | None) -> None:
 
 def replicate(tree: Any, mesh: Mesh | None) -> Any:
     """Puts a copy of every array on every device of the mesh."""
-    return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    return tree if mesh is None else _put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def split(tree: Any, mesh: Mesh | None) -> Any:
     """Shares every array's leading axis of tasks out among the devices of the mesh."""
-    return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, PartitionSpec(AXIS)))
+    return tree if mesh is None else _put(tree, NamedSharding(mesh, PartitionSpec(AXIS)))
+
+
+def _put(tree: Any, sharding: NamedSharding) -> Any:
+    """Arrays that each process has whole, on the devices of all processes."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+
+    def put(leaf):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(put(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
+        own = np.asarray(leaf)
+        return jax.make_array_from_callback(own.shape, sharding, lambda index: own[index])
+
+    return jax.tree.map(put, tree)
 
 
 def on_one(tree: Any, mesh: Mesh | None) -> Any:
-    """The copy on the mesh's first device, so that what follows is computed once and not on every device."""
-    return tree if mesh is None else jax.device_put(tree, mesh.devices.flat[0])
+    """The copy on this process's first device, so that what follows is computed once and not on every device."""
+    return tree if mesh is None else jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
+
+
+def own_shares(make: Callable[[jax.Array], Any], keys: jax.Array, mesh: Mesh | None) -> Any:
+    """Arrays `[steps, tasks, ...]` of data from the host, of which each process makes only the tasks of its own devices.
+
+    Args:
+      make: `(keys[steps, some tasks]) -> tree` of arrays with those leading axes.
+      keys: `[steps, tasks]`.
+      mesh: of axis "tasks".
+    """
+    if mesh is None or not mesh.is_multi_process:
+        return jax.tree.map(jnp.asarray, make(keys))
+    sharding = NamedSharding(mesh, PartitionSpec(None, AXIS))
+    places = sharding.addressable_devices_indices_map(keys.shape)
+    parts = [jax.device_put(make(keys[place]), device) for device, place in places.items()]
+
+    def join(*own):
+        return jax.make_array_from_single_device_arrays((*keys.shape, *own[0].shape[2:]), sharding, list(own))
+
+    return jax.tree.map(join, *parts)
 
 
 def spread(function: Callable, mesh: Mesh | None, split: tuple[bool, ...], *, mean: bool = True) -> Callable:

@@ -24,10 +24,10 @@ import optax
 from jax.core import Tracer
 from jax.sharding import Mesh
 
-from jmeta import checkpoint, log
+from jmeta import checkpoint, hosts, log
 from jmeta.core import MetaLearner, Tasks, Theta, default_chunk
 from jmeta.evaluate.fewshot import Score, fewshot
-from jmeta.mesh import check_batch, check_mesh, count_devices, on_one, replicate, spread
+from jmeta.mesh import check_batch, check_mesh, count_devices, on_one, own_shares, replicate, spread
 
 DISPATCH = 100  # most meta-steps in one call of the compiled program
 STAGED_DISPATCH = 10  # the same where images are fetched from the host
@@ -259,6 +259,7 @@ def fit(
     _check_kinds(key, learner, tasks, outer, theta)
     check_mesh(mesh)
     if workdir is not None:
+        hosts.check_hosts(mesh)
         checkpoint.check_workdir(workdir, resume)
     start_theta: Theta = learner.init(key) if theta is None else theta
     _check_outputs(learner, tasks, start_theta)
@@ -270,15 +271,24 @@ def fit(
     shared_key, shared = replicate(key, mesh), tasks._replace(data=replicate(tasks.data, mesh))
     program = learner, tasks.sample, outer, batch, chunk, mesh
     dispatch = functools.partial(_dispatch, *program)
-    if _is_traced(dispatch, shared_key, start, shared, batch):
+    if _is_traced(dispatch, shared_key, start, shared, batch, mesh):
         return _fit_traced(functools.partial(_run, *program), key, start, tasks, plan, workdir)
     folder = None
     if workdir is not None:
-        folder = checkpoint.open_run(workdir, resume, config, labels, count_devices(mesh), chunk=chunk, batch=batch)
+        folder = Path(workdir).absolute()
+        numbers = {"chunk": chunk, "batch": batch}
+        hosts.alone(mesh, lambda: checkpoint.open_run(folder, resume, config, labels, count_devices(mesh), **numbers))
     if folder is not None and checkpoint.latest(folder) is not None:
         start = _taken_up(checkpoint.read(folder, start), key, steps, folder, mesh)
-        checkpoint.keep_config(folder, config)
-    with log.reporter(folder, steps, start.step, progress) as report, _signals(folder is not None) as received:
+        hosts.alone(mesh, lambda: checkpoint.take_over(folder, config, start.step))
+    shown = hosts.leads() or not hosts.spans_hosts(mesh)
+    with (
+        log.reporter(folder if shown else None, steps, start.step, progress and shown) as report,
+        _signals(folder is not None) as received,
+        hosts.naming_the_lost(mesh, folder),
+    ):
+        if hosts.spans_hosts(mesh) and folder is not None:
+            report.note(f"{jax.process_count()} processes; should one die, the others end within a minute: {hosts.advice(folder)}.")
         return _loop(dispatch, key, shared, start, plan, report, folder, received)
 
 
@@ -327,7 +337,7 @@ def _loop(dispatch, key, tasks, now, plan, report, folder, received) -> Fit:
     history, pending, since = [], [], time.perf_counter()
     shared_key = replicate(key, plan.mesh)
     valid_steps, valid_scores, pace = [], [], 1
-    with _staging(tasks, key, plan.batch) as block_of:
+    with _staging(tasks, key, plan.batch, plan.mesh) as block_of:
         while now.step < plan.steps:
             data, block, end = block_of(now.step)
             count = min(plan.boundary(now.step), end, now.step + pace) - now.step
@@ -338,11 +348,10 @@ def _loop(dispatch, key, tasks, now, plan, report, folder, received) -> Fit:
             )
             rows = jax.tree.map(lambda leaf, count=count: np.asarray(leaf)[:count], rows)
             _check_finite(rows, now.step, folder)
-            pace = _next_pace(pace, time.perf_counter() - began, longest)
+            stop, pace = hosts.agree(plan.mesh, max(received, default=0), _next_pace(pace, time.perf_counter() - began, longest))
             now = now._replace(theta=carry.theta, state=carry.state, step=now.step + count)
             history.append(rows)
             pending.append(rows)
-            stop = bool(received)
             row = {"step": now.step, **_means(pending)}
             report.advance(now.step, {**row, "tasks_per_second": plan.batch * count / (time.perf_counter() - began)})
             if plan.validate and plan.due(now.step, plan.validate.every):
@@ -355,13 +364,14 @@ def _loop(dispatch, key, tasks, now, plan, report, folder, received) -> Fit:
                 report.row({**row, "tasks_per_second": tasks_done / (time.perf_counter() - since)})
                 pending, since = [], time.perf_counter()
             if folder is not None and (stop or plan.due(now.step, plan.save_every)):
-                checkpoint.write(folder, now)
+                checkpoint.write(folder, now, plan.mesh)
             if stop:
                 break
     if folder is not None and not history:
-        checkpoint.write(folder, now)
-    if received:
-        _leave(received[0], now.step, str(folder))
+        checkpoint.write(folder, now, plan.mesh)
+    stop, _ = hosts.agree(plan.mesh, max(received, default=0), pace)
+    if stop:
+        _leave(stop, now.step, str(folder))
     rows = jax.tree.map(lambda *parts: np.concatenate(parts), *history) if history else {}
     if plan.validate:
         rows |= {"valid_step": np.array(valid_steps), "valid_score": np.array(valid_scores)}
@@ -377,12 +387,12 @@ def _fit_traced(run, key, start, tasks, plan, workdir) -> Fit:
     return Fit(carry.theta, carry.theta, carry.state, rows)
 
 
-def _is_traced(dispatch, key, start, tasks, batch) -> bool:
+def _is_traced(dispatch, key, start, tasks, batch, mesh) -> bool:
     """Whether `fit` runs under a transformation: an argument, or something the learner was made from, is a tracer."""
     arguments = (key, start.theta, start.state, tasks.data)
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(arguments)):
         return True
-    with _staging(tasks, key, batch) as block_of:
+    with _staging(tasks, key, batch, mesh) as block_of:
         data, block, _ = block_of(0)
     longest = DISPATCH if block is None else STAGED_DISPATCH
     call = functools.partial(dispatch, longest)
@@ -391,11 +401,11 @@ def _is_traced(dispatch, key, start, tasks, batch) -> bool:
 
 
 @contextlib.contextmanager
-def _staging(tasks: Tasks, key: jax.Array, batch: int) -> Iterator[Callable]:
+def _staging(tasks: Tasks, key: jax.Array, batch: int, mesh: Mesh | None) -> Iterator[Callable]:
     """Gives `block_of(step) -> (data, first step of the block or None, step after the block)`.
 
     Data on the device is one endless block. Images on the host come in blocks of 10 meta-steps, the next of which a thread fetches
-    while the device works on the present one.
+    while the device works on the present one; each of several processes fetches those of its own devices' tasks.
     """
     stage = tasks.stage
     if stage is None:
@@ -410,9 +420,10 @@ def _staging(tasks: Tasks, key: jax.Array, batch: int) -> Iterator[Callable]:
         return jax.vmap(lambda step: jax.vmap(lambda index: of_task(step, index))(jnp.arange(batch)))(steps)
 
     def fetch(block):
-        keys = keys_of(block + jnp.arange(STAGED_DISPATCH)).reshape(-1)
-        images = stage(keys)
-        return jax.tree.map(lambda leaf: jnp.asarray(leaf.reshape(STAGED_DISPATCH, batch, *leaf.shape[1:])), images)
+        return own_shares(images_of, keys_of(block + jnp.arange(STAGED_DISPATCH)), mesh)
+
+    def images_of(keys):
+        return jax.tree.map(lambda leaf: leaf.reshape(*keys.shape, *leaf.shape[1:]), stage(keys.reshape(-1)))
 
     with ThreadPoolExecutor(1) as pool:
         waiting = {}

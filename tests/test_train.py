@@ -212,6 +212,52 @@ def test_scores_and_small_numbers_are_kept_whole(key, tmp_path):
     assert again.score == snapshot.score and again.step == 3
 
 
+def _wide():
+    return jm.maml(jm.mlp(3, hidden=(40, 40), shape=(6,)), jm.xent, optax.sgd(0.1), jm.repeat(1))
+
+
+def _damaged(folder, step):
+    """Turns bits in the largest file of a checkpoint, which holds the largest array; the file."""
+    path = max((folder / "checkpoints" / str(step)).rglob("ocdbt.process_0/d/*"), key=lambda each: each.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x55
+    path.write_bytes(content)
+    return path
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(key, tmp_path):
+    learner, folder = _wide(), tmp_path / "run"
+    whole = _fit(key, 6, learner)
+    _fit(key, 4, learner, workdir=folder, save_every=2)
+    content = _damaged(folder, 4).read_bytes()
+    with pytest.warns(UserWarning, match=r"that of step 4 in .* is damaged \(its arrays are not .* that of step 2 is used"):
+        again = _fit(key, 6, learner, workdir=folder, save_every=2, resume=True)
+    chex.assert_trees_all_equal(again.last, whole.last)
+    (aside,) = (folder / "damaged").glob("4-*")
+    assert content in [path.read_bytes() for path in aside.rglob("*") if path.is_file()]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["4", "6"]
+
+
+def test_a_run_with_no_checkpoint_that_can_be_read_is_refused(key, tmp_path):
+    _fit(key, 1, _wide(), workdir=tmp_path / "run")
+    _damaged(tmp_path / "run", 1)
+    with pytest.raises(ValueError, match=r"that of step 1 in .* is damaged .* and there is none before it. Usual cause"):
+        _fit(key, 2, _wide(), workdir=tmp_path / "run", resume=True)
+    assert checkpoint.latest(tmp_path / "run") == 1
+
+
+def test_a_checkpoint_that_cannot_be_written_costs_none_written_before(key, tmp_path):
+    folder, snapshot = checkpoint.open_run(tmp_path / "run", False, None, ()), _snapshot(key, _learner())
+    checkpoint.write(folder, snapshot._replace(step=3))
+    (folder / "checkpoints").rename(folder / "aside")
+    (folder / "checkpoints").write_text("a file where a folder is expected: root may write where it likes, but not here")
+    with pytest.raises(OSError, match=r"step 4 cannot be written to .*; there is none before it. Usual cause: a full disk"):
+        checkpoint.write(folder, snapshot._replace(step=4))
+    (folder / "checkpoints").unlink()
+    (folder / "aside").rename(folder / "checkpoints")
+    assert checkpoint.read(folder, snapshot).step == 3
+
+
 def test_a_resumed_run_must_have_the_same_batch(key, tmp_path):
     _fit(key, 2, workdir=tmp_path / "run")
     with pytest.raises(ValueError, match="began with batch 4, got 8"):

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from scipy.special import stdtrit
 
+from jmeta import hosts
 from jmeta.core import Model, Params, memoise
 from jmeta.mesh import check_mesh, count_devices, replicate, spread
 from jmeta.rules.zap import zap_layer
@@ -126,7 +127,7 @@ def _padded(program: Callable, keys: jax.Array, rates: jax.Array, devices: int) 
     """Equal shares for the devices, some runs done twice if need be; the results on the host."""
     places = np.arange(-(-len(keys) // devices) * devices) % len(keys)
     found = program(keys[places], rates[places])
-    return jax.tree.map(lambda leaf: np.asarray(leaf)[: len(keys)], found)
+    return jax.tree.map(lambda leaf: hosts.whole(leaf)[: len(keys)], found)
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jmeta import hosts
 from jmeta.core import MetaLearner, Tasks, Theta, default_chunk
 from jmeta.losses import accuracy
 from jmeta.mesh import check_mesh, count_devices, replicate, spread
@@ -148,7 +149,7 @@ def fewshot(
     together = chunk or default_chunk(theta.params, keys.shape[1] // count_devices(mesh))
     program = learner, tasks.sample, metric or accuracy, together, mesh, every_step
     run = functools.partial(_curves, *program, *replicate((theta, tasks.data), mesh))
-    curves = [np.asarray(run(part, staged)) for part, staged in ahead(tasks, keys)]
+    curves = [hosts.whole(run(part, staged)) for part, staged in ahead(tasks, keys)]
     values = np.concatenate(curves)[:episodes].astype(np.float64)
     by_step = np.array([over_episodes(each) for each in values.T])
     first = jax.tree.map(lambda leaf: leaf[0], _stage(tasks, keys[0, :1])) if tasks.stage else tasks.data

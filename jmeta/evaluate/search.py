@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jmeta import plot
+from jmeta import hosts, plot
 from jmeta.core import MetaLearner, Tasks, Theta
 from jmeta.evaluate import trials
 from jmeta.evaluate.fewshot import over_episodes
@@ -187,6 +187,8 @@ def search(
     """
     _check(tolerance, episodes, timed, rounds, by)
     check_mesh(mesh)
+    if hosts.spans_hosts(mesh):
+        raise ValueError("search: the mesh spans several processes, whose clocks would disagree; search in one.")
     candidates = _candidates(patterns, reference)
     trial = trials.Trial(key, make_learner, theta, tasks, metric or share_right, episodes, mesh, progress)
     kept = trials.Kept.open(path, trial, candidates[0])
