@@ -1,5 +1,7 @@
 """Tasks over devices: the same numbers on two as on one."""
 
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -41,6 +43,30 @@ def test_two_devices_give_the_same_meta_gradient(key, mesh, chunk, staged):
         )
     chex.assert_trees_all_close(one[:2], two[:2], rtol=1e-12, atol=1e-14)
     chex.assert_trees_all_close(one[2], two[2], rtol=1e-6)  # accuracy is float32
+
+
+LEARNERS = {
+    "maml": lambda: _learner(),
+    "a state that is carried": lambda: jm.maml(toys.net(), jm.xent, optax.adam(1e-2, eps_root=1e-8), jm.repeat(1), carry_state=True),
+    "imaml": lambda: jm.imaml(toys.net(), jm.xent, optax.sgd(0.1), jm.repeat(2)),
+    "reptile": lambda: jm.reptile(toys.net(), jm.xent, optax.adam(1e-2, b1=0.0), jm.minibatches(2, 4), carry_state=True),
+    "protonet": lambda: jm.protonet(toys.features(), ways=3),
+    "matching": lambda: jm.matching(toys.features(), ways=3),
+    "ridge": lambda: jm.ridge(toys.features(), ways=3),
+    "snail": lambda: jm.snail(jm.snail_net(toys.features(), 3, features=4, most_shots=2, attention=((4, 4), (4, 4)), filters=4)),
+    "routing": lambda: jm.maml(toys.normed(), jm.xent, jm.chain(jm.route(0.5, keep_meta=0.5), optax.sgd(0.1)), jm.repeat(1)),
+    "zap": lambda: jm.maml(toys.net(), jm.xent, jm.chain(jm.zap("head"), optax.sgd(0.1)), jm.repeat(1)),
+}
+COLLECTIVE = r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast)(?:-start)?\("
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_a_meta_step_has_one_all_reduce_and_no_other_collective(key, mesh, optimised, name):
+    learner = LEARNERS[name]()
+    theta = learner.init(key)
+    gradient = jax.jit(batch_gradient(learner, TASKS.sample, 4, 2, mesh))
+    program = gradient.lower(*meshes.replicate((key, theta, TASKS.data), mesh), 0).compile().as_text()
+    assert re.findall(COLLECTIVE, program) == ["all-reduce"]
 
 
 def test_training_on_two_devices_is_training_on_one(key, mesh):
@@ -116,11 +142,12 @@ def test_two_devices_score_as_one(key, mesh, chunk):
 
 def test_floats_are_averaged_and_all_else_is_the_last_devices(key, mesh):
     def last(part, keys):
-        return {"mean": part.mean(dtype=jnp.float32), "count": part[-1], "odd": part[-1] % 2 == 1, "key": keys[-1]}
+        large = part[-1] * 100_000_007 - 2**30
+        return {"mean": part.mean(dtype=jnp.float32), "count": large, "odd": part[-1] % 2 == 1, "key": keys[-1]}
 
     keys = jax.random.split(key, 4)
     one, two = (jax.jit(meshes.spread(last, each, (True, True)))(jnp.arange(4), keys) for each in (None, mesh))
-    assert float(two["mean"]) == 1.5 and int(two["count"]) == 3 and bool(two["odd"])
+    assert float(two["mean"]) == 1.5 and int(two["count"]) == 300_000_021 - 2**30 and bool(two["odd"])
     assert [leaf.dtype for leaf in two.values()] == [leaf.dtype for leaf in one.values()] and two["key"] == keys[-1]
 
 
