@@ -56,6 +56,7 @@ from jmeta.learners.supervised import supervised as supervised
 from jmeta.losses import accuracy as accuracy
 from jmeta.losses import mse as mse
 from jmeta.losses import xent as xent
+from jmeta.mesh import init_sharded as init_sharded
 from jmeta.mesh import task_mesh as task_mesh
 from jmeta.mesh import use_cores as use_cores
 from jmeta.models.adapters import from_linen as from_linen

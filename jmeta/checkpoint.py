@@ -217,6 +217,10 @@ def _leaves(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+def _whole_of(leaf: Any) -> np.ndarray:
+    return hosts.whole(leaf) if isinstance(leaf, jax.Array) else np.asarray(leaf)
+
+
 def _digest(leaves: dict[str, Any]) -> np.ndarray:
     """SHA-256 of names and bytes, uint8 `[32]`: what stores the arrays would not notice every damage."""
     total = hashlib.sha256()
@@ -238,7 +242,7 @@ def write(folder: Path, snapshot: Snapshot, mesh: Mesh | None = None) -> None:
     hosts.wait(mesh)  # or one would look only after another has written
     if written:
         return
-    leaves = {name: np.asarray(_bits(leaf)) for name, leaf in _leaves(snapshot).items()}
+    leaves = {name: _whole_of(_bits(leaf)) for name, leaf in _leaves(snapshot).items()}
     try:
         with _manager(folder, together=True) as manager:
             manager.save(snapshot.step, args=ocp.args.StandardSave({**leaves, DIGEST: _digest(leaves)}))

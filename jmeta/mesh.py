@@ -7,18 +7,20 @@ References:
   JAX documentation, "Manual parallelism with shard_map" (https://docs.jax.dev/en/latest/notebooks/shard_map.html).
 """
 
+import fnmatch
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-AXIS = "tasks"
+AXIS, PARAMS = "tasks", "params"
 MOST_CORES = 16
 FORCED = "xla_force_host_platform_device_count"
 
@@ -58,19 +60,21 @@ def processor() -> str:
     return next(named, platform.processor() or platform.machine())
 
 
-def task_mesh(count: int | None = None) -> Mesh | None:
-    """A mesh of one axis, "tasks", to give to `jmeta.fit` and `jmeta.fewshot`.
+def task_mesh(count: int | None = None, *, params: int = 1) -> Mesh | None:
+    """A mesh with an axis "tasks", to give to `jmeta.fit` and `jmeta.fewshot`.
 
     A CPU counts as one device until `jmeta.use_cores` is called.
 
     Args:
       count: devices to use; all if None.
+      params: devices that share one copy of the parameters, for networks that are too large for one: the mesh then has a second
+        axis, "params", and `jmeta.init_sharded` lays the parameters out over it.
 
     Returns:
       The mesh, or None for one device, which needs none.
 
     Raises:
-      ValueError: there are fewer devices.
+      ValueError: there are fewer devices, or params does not divide count.
     """
     devices = jax.devices()
     count = len(devices) if count is None else count
@@ -79,7 +83,12 @@ def task_mesh(count: int | None = None) -> Mesh | None:
             f"devices: must be 1 to {len(devices)}, which is how many JAX sees, got {count}. Usual causes: a run that began on a "
             "larger machine, to be resumed with fewer --devices; a CPU, which counts as one until jmeta.use_cores() is called."
         )
-    return None if count == 1 else jax.make_mesh((count,), (AXIS,), axis_types=(AxisType.Auto,), devices=devices[:count])
+    if params < 1 or count % params:
+        raise ValueError(f"task_mesh: params must divide the number of devices, {count}, got {params}.")
+    if count == 1:
+        return None
+    shape, names = ((count,), (AXIS,)) if params == 1 else ((count // params, params), (AXIS, PARAMS))
+    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names), devices=devices[:count])
 
 
 def check_mesh(mesh: Mesh | None) -> None:
@@ -92,10 +101,10 @@ def check_mesh(mesh: Mesh | None) -> None:
         return
     if not isinstance(mesh, Mesh):
         raise TypeError(f"mesh: expected a jax.sharding.Mesh as jmeta.task_mesh(2) makes it, got {mesh!r}.")
-    if mesh.axis_names != (AXIS,) or mesh.axis_types != (AxisType.Auto,):
+    if mesh.axis_names not in ((AXIS,), (AXIS, PARAMS)) or set(mesh.axis_types) != {AxisType.Auto}:
         raise ValueError(
-            f"mesh: expected one axis 'tasks' of type Auto, got axes {mesh.axis_names} of types {mesh.axis_types}. Usual cause: "
-            "jax.make_mesh with its defaults; use jmeta.task_mesh()."
+            f"mesh: expected an axis 'tasks' of type Auto, and perhaps one 'params', got axes {mesh.axis_names} of types "
+            f"{mesh.axis_types}. Usual cause: jax.make_mesh with its defaults; use jmeta.task_mesh()."
         )
 
 
@@ -109,8 +118,8 @@ def share(batch: int, devices: int) -> int:
 
 
 def count_devices(mesh: Mesh | None) -> int:
-    """Devices of a mesh; 1 if None."""
-    return 1 if mesh is None else mesh.size
+    """Devices, or groups of them that share one copy of the parameters, that tasks are shared out among; 1 if None."""
+    return 1 if mesh is None else mesh.shape[AXIS]
 
 
 def check_batch(batch: int, mesh: Mesh | None) -> None:
@@ -130,8 +139,28 @@ def check_batch(batch: int, mesh: Mesh | None) -> None:
 
 
 def replicate(tree: Any, mesh: Mesh | None) -> Any:
-    """Puts a copy of every array on every device of the mesh."""
-    return tree if mesh is None else _put(tree, NamedSharding(mesh, PartitionSpec()))
+    """Puts a copy of every array on every device of the mesh; arrays that lie on it already stay as they lie."""
+    if mesh is None:
+        return tree
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda leaf: leaf if _lies_on(leaf, mesh) else _put(leaf, everywhere), tree)
+
+
+def put_like(tree: Any, like: Any, mesh: Mesh | None) -> Any:
+    """Arrays that each process has whole, laid out on the mesh as those of `like` are."""
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, tree)
+    return jax.tree.map(lambda leaf, other: _put(leaf, other.sharding), tree, like)
+
+
+def layout_of(tree: Any, mesh: Mesh | None) -> tuple[NamedSharding, ...] | None:
+    """Where the leaves lie on a mesh on which parameters are shared out, or None."""
+    return None if mesh is None or PARAMS not in mesh.axis_names else tuple(leaf.sharding for leaf in jax.tree.leaves(tree))
+
+
+def _lies_on(leaf: Any, mesh: Mesh) -> bool:
+    sharding = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
+    return isinstance(sharding, NamedSharding) and sharding.mesh == mesh
 
 
 def split(tree: Any, mesh: Mesh | None) -> Any:
@@ -154,8 +183,55 @@ def _put(tree: Any, sharding: NamedSharding) -> Any:
 
 
 def on_one(tree: Any, mesh: Mesh | None) -> Any:
-    """The copy on this process's first device, so that what follows is computed once and not on every device."""
-    return tree if mesh is None else jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
+    """The copy on this process's first device, so that what follows is computed once; parameters that are shared out stay so."""
+    if mesh is None or not all(leaf.is_fully_replicated for leaf in jax.tree.leaves(tree)):
+        return tree
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
+
+
+def init_sharded(key: jax.Array, learner: Any, mesh: Mesh, split: Mapping[str, int]) -> Any:
+    """A theta for networks too large for one device: `learner.init(key)`, each device making only the parts that it keeps.
+
+    Give it to `jmeta.fit(theta=, mesh=)`; the outer optimiser's state is laid out like it, and the compiler does the rest (GSPMD).
+
+    Args:
+      key: as for `learner.init`.
+      learner: a meta-learner.
+      mesh: with an axis "params", as `jmeta.task_mesh(8, params=4)` makes it.
+      split: for paths of parameters, patterns such as "*/kernel", the axis that is divided; the first that fits counts. Parameters
+        that none fits are copied to every device.
+
+    Returns:
+      The theta, laid out on the mesh.
+
+    Raises:
+      ValueError: the mesh has no such axis, a pattern fits no parameter, or an axis cannot be divided equally.
+    """
+    check_mesh(mesh)
+    if mesh is None or PARAMS not in mesh.axis_names:
+        raise ValueError("init_sharded: the mesh must have an axis 'params', as jmeta.task_mesh(8, params=4) makes it.")
+    theta, count = jax.eval_shape(learner.init, key), mesh.shape[PARAMS]
+    paths = {
+        jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree_util.tree_leaves_with_path(theta.params)
+    }
+    for pattern in split:
+        if not fnmatch.filter(paths, pattern):
+            raise ValueError(f"init_sharded: {pattern!r} fits no parameter; there are {', '.join(sorted(paths))}.")
+
+    def layout(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        axis = next((split[pattern] for pattern in split if fnmatch.fnmatch(name, pattern)), None)
+        if axis is None:
+            return NamedSharding(mesh, PartitionSpec())
+        if not -leaf.ndim <= axis < leaf.ndim or leaf.shape[axis] % count:
+            raise ValueError(f"init_sharded: axis {axis} of {name}, of shape {leaf.shape}, cannot be divided by {count} devices.")
+        spec: list[str | None] = [None] * leaf.ndim
+        spec[axis] = PARAMS
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    everywhere = jax.tree.map(lambda leaf: NamedSharding(mesh, PartitionSpec()), theta)
+    shardings = everywhere._replace(params=jax.tree_util.tree_map_with_path(layout, theta.params))
+    return jax.jit(learner.init, out_shardings=shardings)(key)
 
 
 def own_shares(make: Callable[[jax.Array], Any], keys: jax.Array, mesh: Mesh | None) -> Any:
@@ -193,7 +269,7 @@ def spread(function: Callable, mesh: Mesh | None, split: tuple[bool, ...], *, me
 
     Args:
       function: pure; returns a tree of means over the tasks that it was given, or of arrays with a leading axis of those tasks.
-      mesh: of axis "tasks"; None leaves the function as it is.
+      mesh: of axis "tasks"; None, or one that shares the tasks out among one, leaves the function as it is.
       split: for each argument of `function`, whether its arrays have a leading axis of tasks to be shared out.
       mean: whether the devices' floats are averaged, and of anything else (counts) the last device's is taken; False puts their
         arrays in a row.
@@ -201,7 +277,7 @@ def spread(function: Callable, mesh: Mesh | None, split: tuple[bool, ...], *, me
     Returns:
       The function, of all tasks.
     """
-    if mesh is None:
+    if mesh is None or count_devices(mesh) == 1:
         return function
 
     def reduce(leaf):
@@ -218,4 +294,4 @@ def spread(function: Callable, mesh: Mesh | None, split: tuple[bool, ...], *, me
     specs = tuple(PartitionSpec(AXIS) if each else PartitionSpec() for each in split)
     out = PartitionSpec() if mean else PartitionSpec(AXIS)
     # Unchecked: a checked shard_map sums the gradient of whatever is replicated over devices of itself, before the mean does.
-    return jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)
+    return jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=out, axis_names={AXIS}, check_vma=False)

@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 from jmeta import checkpoint, hosts, log
 from jmeta.core import MetaLearner, Tasks, Theta, default_chunk
 from jmeta.evaluate.fewshot import Score, fewshot
-from jmeta.mesh import check_batch, check_mesh, count_devices, on_one, own_shares, replicate, spread
+from jmeta.mesh import check_batch, check_mesh, count_devices, layout_of, on_one, own_shares, put_like, replicate, spread
 
 DISPATCH = 100  # most meta-steps in one call of the compiled program
 STAGED_DISPATCH = 10  # the same where images are fetched from the host
@@ -174,8 +174,11 @@ def meta_step(
     return step
 
 
-def _run(learner, sample, outer, batch, chunk, mesh, size, key, carry, data, first, count, block):
-    """`count` meta-steps from step `first`; `block` is the step of `data[0]` where data is staged, else None."""
+def _run(learner, sample, outer, batch, chunk, mesh, layout, size, key, carry, data, first, count, block):
+    """`count` meta-steps from step `first`; `block` is the step of `data[0]` where data is staged, else None.
+
+    `layout` holds the shardings of the carry's leaves where parameters are shared out, else None.
+    """
     step = meta_step(learner, sample, outer, batch, chunk, mesh)
 
     def now(number):
@@ -193,10 +196,14 @@ def _run(learner, sample, outer, batch, chunk, mesh, size, key, carry, data, fir
         carry, info = run(first + offset, carry)
         return carry, jax.tree.map(lambda row, value: row.at[offset].set(value), rows, info)
 
-    return jax.lax.fori_loop(0, count, body, (carry, rows))
+    carry, rows = jax.lax.fori_loop(0, count, body, (carry, rows))
+    if layout is not None:
+        laid = map(jax.lax.with_sharding_constraint, jax.tree.leaves(carry), layout)
+        carry = jax.tree.unflatten(jax.tree.structure(carry), laid)
+    return carry, rows
 
 
-_dispatch = jax.jit(_run, static_argnums=range(7), donate_argnums=8)
+_dispatch = jax.jit(_run, static_argnums=range(8), donate_argnums=9)
 
 
 def fit(
@@ -231,7 +238,8 @@ def fit(
       outer: any optax optimiser; it may take `value`, `grad`, `value_fn` and `info` by keyword.
       steps: meta-steps.
       batch: tasks of a meta-step.
-      theta: where to start; `learner.init` if None. It is copied, not consumed.
+      theta: where to start; `learner.init` if None. It is copied, not consumed. One from `jmeta.init_sharded` stays laid out on the
+        mesh as it is.
       state: the outer optimiser's state to start from; a fresh one if None.
       validate: how the best theta is chosen; None returns the last.
       chunk: tasks that are vmapped together, a divisor of each device's share of batch; chosen by device and network if None.
@@ -269,7 +277,7 @@ def fit(
     _check(plan, chunk)
     start = _first_snapshot(key, start_theta, outer, state, plan)
     shared_key, shared = replicate(key, mesh), tasks._replace(data=replicate(tasks.data, mesh))
-    program = learner, tasks.sample, outer, batch, chunk, mesh
+    program = learner, tasks.sample, outer, batch, chunk, mesh, layout_of((start.theta, start.state), mesh)
     dispatch = functools.partial(_dispatch, *program)
     if _is_traced(dispatch, shared_key, start, shared, batch, mesh):
         return _fit_traced(functools.partial(_run, *program), key, start, tasks, plan, workdir)
@@ -279,7 +287,7 @@ def fit(
         numbers = {"chunk": chunk, "batch": batch}
         hosts.alone(mesh, lambda: checkpoint.open_run(folder, resume, config, labels, count_devices(mesh), **numbers))
     if folder is not None and checkpoint.latest(folder) is not None:
-        start = _taken_up(checkpoint.read(folder, start), key, steps, folder, mesh)
+        start = _taken_up(start, key, steps, folder, mesh)
         hosts.alone(mesh, lambda: checkpoint.take_over(folder, config, start.step))
     shown = hosts.leads() or not hosts.spans_hosts(mesh)
     with (
@@ -512,13 +520,15 @@ def _check_finite(rows: dict[str, np.ndarray], first: int, folder: Path | None) 
     )
 
 
-def _taken_up(snapshot: checkpoint.Snapshot, key: jax.Array, steps: int, folder: Path, mesh: Mesh | None) -> checkpoint.Snapshot:
+def _taken_up(start: checkpoint.Snapshot, key: jax.Array, steps: int, folder: Path, mesh: Mesh | None) -> checkpoint.Snapshot:
+    """The newest checkpoint, laid out on the devices as `start` is."""
+    snapshot = checkpoint.read(folder, start)
     if snapshot.step > steps:
         raise ValueError(f"resume: steps is {steps}, but the run in {folder} has taken {snapshot.step} already.")
     if not np.array_equal(snapshot.key, jax.random.key_data(key)):
         raise ValueError(f"resume: the run in {folder} began with another key, so it would not go on as if it had not stopped.")
-    theta, state, best = jax.tree.map(jnp.asarray, (snapshot.theta, snapshot.state, snapshot.best))
-    return snapshot._replace(theta=replicate(theta, mesh), state=replicate(state, mesh), best=best)
+    theta, state = put_like((snapshot.theta, snapshot.state), (start.theta, start.state), mesh)
+    return snapshot._replace(theta=theta, state=state, best=jax.tree.map(jnp.asarray, snapshot.best))
 
 
 def _next_pace(pace: int, seconds: float, size: int) -> int:

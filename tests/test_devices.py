@@ -42,6 +42,7 @@ def _pictures():
 
 
 CASES = {
+    "maml, parameters shared out": lambda: (jm.maml(toys.net(), jm.xent, optax.sgd(0.1), jm.repeat(2)), toys.blobs()),
     "maml": lambda: (jm.maml(toys.net(), jm.xent, optax.sgd(0.1), jm.repeat(2)), toys.blobs()),
     "reptile": lambda: (
         jm.reptile(toys.net(), jm.xent, optax.adam(1e-2, b1=0.0, eps_root=1e-12), jm.minibatches(3, 4), carry_state=True),
@@ -63,16 +64,23 @@ def tell(name):
     outer = optax.sgd(0.1)  # Adam would turn gradients that are zero but for rounding into whole steps
     found = {"gradient": [], "theta": [], "score": []}
     for count in COUNTS:
-        mesh = jm.task_mesh(count)
+        share = min(4, count) if name.endswith("shared out") else 1
+        mesh = jm.task_mesh(count, params=share)
         with jax.enable_x64(True):
-            theta = jax.tree.map(lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x, learner.init(key))
+            theta = jax.tree.map(lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x, _begin(learner, mesh, share))
             gradient = jax.jit(batch_gradient(learner, tasks.sample, BATCH, 1, mesh))(key, theta, tasks.data, 0)[1]
             found["gradient"].append(np.asarray(jax.flatten_util.ravel_pytree(gradient)[0]))
-        done = jm.fit(key, learner, tasks, outer, 100, BATCH, chunk=1, mesh=mesh, progress=False)
+        theta = _begin(learner, mesh, share)
+        done = jm.fit(key, learner, tasks, outer, 100, BATCH, theta=theta, chunk=1, mesh=mesh, progress=False)
         found["theta"].append(np.asarray(jax.flatten_util.ravel_pytree(done.theta.params)[0]))
         found["score"].append(str(jm.fewshot(key, learner, done.theta, tasks, 64, mesh=mesh)))
     far = {part: [_distance(each, found[part][0]) for each in found[part]] for part in ("gradient", "theta")}
     print(json.dumps({**far, "score": found["score"], "dtype": str(found["gradient"][0].dtype)}))
+
+
+def _begin(learner, mesh, share):
+    key = jax.random.key(0)
+    return learner.init(key) if share == 1 else jm.init_sharded(key, learner, mesh, {"*/dense/kernel": 1})
 
 
 def _distance(ours, one):

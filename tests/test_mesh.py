@@ -47,7 +47,9 @@ def test_two_devices_give_the_same_meta_gradient(key, mesh, chunk, staged):
 
 LEARNERS = {
     "maml": lambda: _learner(),
-    "a state that is carried": lambda: jm.maml(toys.net(), jm.xent, optax.adam(1e-2, eps_root=1e-8), jm.repeat(1), carry_state=True),
+    "a state that is carried": lambda: jm.maml(
+        toys.net(), jm.xent, optax.adam(1e-2, eps_root=1e-8), jm.repeat(1), carry_state=True
+    ),
     "imaml": lambda: jm.imaml(toys.net(), jm.xent, optax.sgd(0.1), jm.repeat(2)),
     "reptile": lambda: jm.reptile(toys.net(), jm.xent, optax.adam(1e-2, b1=0.0), jm.minibatches(2, 4), carry_state=True),
     "protonet": lambda: jm.protonet(toys.features(), ways=3),
@@ -151,14 +153,49 @@ def test_floats_are_averaged_and_all_else_is_the_last_devices(key, mesh):
     assert [leaf.dtype for leaf in two.values()] == [leaf.dtype for leaf in one.values()] and two["key"] == keys[-1]
 
 
+def test_parameters_are_shared_out_too(key, tmp_path):
+    """Each device keeps half of every kernel, of its moments too, in training, in checkpoints' resumption and in tests."""
+    mesh, learner = jm.task_mesh(2, params=2), _learner()
+    assert mesh is not None and dict(mesh.shape) == {"tasks": 1, "params": 2}
+    theta = jm.init_sharded(key, learner, mesh, {"*/dense/kernel": 1})
+    chex.assert_trees_all_close(theta, learner.init(key), atol=1e-6)
+    watch = {"validate": jm.Validation(learner, TASKS, episodes=20, every=3)}
+    for steps in (3, 6):
+        done = _fit(key, mesh, steps=steps, theta=theta, workdir=tmp_path / "run", resume=True, learner=learner, **watch)
+    plain = _fit(key, None, steps=6, learner=learner, **watch)
+    chex.assert_trees_all_close(done[:3], plain[:3], rtol=1e-4, atol=1e-5)
+    for params in (done.theta.params, done.last.params, done.state[0].mu.params, done.state[0].nu.params):
+        for layer in ("layer1", "layer2"):
+            kernel = params[layer]["dense"]["kernel"]
+            assert {shard.data.shape for shard in kernel.addressable_shards} == {(kernel.shape[0], 4)}
+        assert params["head"]["kernel"].is_fully_replicated
+
+
+@pytest.mark.parametrize(
+    ("split", "says"),
+    [
+        ({"block1/*": 0}, r"'block1/\*' fits no parameter; there are head/bias, head/kernel, layer1/dense/bias"),
+        ({"head/*": 0}, r"axis 0 of head/bias, of shape \(3,\), cannot be divided by 2 devices"),
+        ({"*/kernel": 2}, "axis 2 of .*kernel, .*cannot be divided"),
+    ],
+)
+def test_bad_layouts_are_refused(key, split, says):
+    with pytest.raises(ValueError, match=says):
+        jm.init_sharded(key, _learner(), jm.task_mesh(2, params=2), split)
+
+
 def test_bad_meshes_are_refused(key, mesh):
     assert jm.task_mesh(1) is None
     for count in (0, 3):
         with pytest.raises(ValueError, match=f"must be 1 to 2, .*got {count}"):
             jm.task_mesh(count)
+    with pytest.raises(ValueError, match="params must divide the number of devices, 2, got 3"):
+        jm.task_mesh(2, params=3)
+    with pytest.raises(ValueError, match="the mesh must have an axis 'params'"):
+        jm.init_sharded(key, _learner(), mesh, {})
     with pytest.raises(TypeError, match="expected a jax"):
         _fit(key, 2)
-    with pytest.raises(ValueError, match="expected one axis 'tasks' of type Auto, got axes"):
+    with pytest.raises(ValueError, match="expected an axis 'tasks' of type Auto, and perhaps one 'params', got axes"):
         _fit(key, jax.make_mesh((2,), ("data",)))
     with pytest.raises(ValueError, match="use_cores: count must be at least 1"):
         jm.use_cores(0)
