@@ -95,7 +95,7 @@ def strike(process: subprocess.Popen, folder: Path, chance: random.Random) -> tu
     """Ends the process; returns how, and what it had said."""
     sent = signal.SIGKILL
     if chance.random() < IN_WRITE:
-        while not unfinished(folder):
+        while process.poll() is None and not unfinished(folder):
             pass
         time.sleep(chance.uniform(0, 0.02))
     else:
@@ -126,9 +126,10 @@ def damage(folder: Path, cache: Path, chance: random.Random) -> tuple[str, str |
 
 
 def turn(path: Path) -> None:
-    """Turns bits in the middle of a file."""
+    """Turns bits all over a file."""
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 0x55
+    for place in range(0, len(content), 100):
+        content[place] ^= 0x55
     path.write_bytes(content)
 
 

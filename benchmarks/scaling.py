@@ -3,10 +3,10 @@
     python benchmarks/scaling.py                       strong and weak scaling of two rows, over 1, 2, 4 ... devices
 
 Strong scaling shares the row's tasks out among more and more devices; weak scaling gives each device as many as one has to begin
-with. On one device a mesh is compared with none. The programs of a row take turns. Communication is what the mean of the gradients
-takes alone, as a share of the meta-gradient's time; memory is what the program asks for on each device, arguments and results
-included. A CPU's device is a core only for what one thread does: XLA lets a single device's large operations use all cores, so
-that "1 device" is more than one core.
+with. On one device a mesh is compared with none; the program is then the same, but its arguments lie on the mesh. The programs of a
+row take turns. Communication is what the mean of the gradients takes alone, as a share of the meta-gradient's time; memory is what
+the program asks for on each device, arguments and results included. A CPU's device is a core only for what one thread does: XLA
+lets a single device's large operations use all cores, so that "1 device" is more than one core.
 """
 
 import argparse

@@ -79,7 +79,7 @@ def learn(test: Test, model: jm.Model, theta: jm.Theta, unseen: jm.Images, seed:
         else:
             found = jm.continual(key, model, jm.xent, theta, unseen, rates=rates, frozen=test.setting == "frozen", **how)
         tried |= found.tried
-        rates = beyond(tried)
+        rates = beyond(tried) if tried else ()  # a single rate is not chosen
     if isinstance(found, jm.Transfer):
         scores, own = found.accuracy, FINE_TUNING
     else:
@@ -87,7 +87,7 @@ def learn(test: Test, model: jm.Model, theta: jm.Theta, unseen: jm.Images, seed:
         own = {"checkpoints": found.checkpoints, "running": found.running.tolist(), "forgetting": found.forgetting}
     mean, half = interval(scores)
     about = {"mean": mean, "interval95": half, "accuracy": scores.tolist(), **test._asdict(), "machine": machine()}
-    about |= {"rate": found.rate, "edge": found.rate in (min(tried), max(tried))}
+    about |= {"rate": found.rate, "edge": bool(tried) and found.rate in (min(tried), max(tried))}
     about["tried"] = {f"{rate:g}": score for rate, score in sorted(tried.items())}
     return without_nan({**about, **own, "seconds": time.perf_counter() - start})
 

@@ -40,7 +40,8 @@ class _Where:
     out: str | None = None
     """A new folder for the run; runs/PRESET-DATE-TIME if not given."""
     devices: int | None = None
-    """GPUs, or cores, that the tasks of a meta-step are spread over; as many as can take equal shares if not given."""
+    """GPUs, or cores, that the tasks of a meta-step are spread over; as many as can take equal shares if not given. With
+    --distributed all GPUs are used, and this is the number of cores of each process."""
     distributed: bool = False
     """This is one of several processes that train the run together, on all their devices; all of them must see --out."""
     coordinator: str | None = None

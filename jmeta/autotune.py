@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 
 from jmeta.checkpoint import write_json
 from jmeta.core import LONGEST_UNROLL, MetaLearner, Tasks, default_chunk
+from jmeta.hosts import spans_hosts
 from jmeta.mesh import check_batch, check_mesh, count_devices, processor, replicate, usable_cores
 from jmeta.tasks.download import cache_dir
 from jmeta.train import batch_gradient
@@ -106,6 +107,8 @@ def tune(
     4
     """
     check_mesh(mesh)
+    if spans_hosts(mesh):
+        raise ValueError("tune: the mesh spans several processes, whose clocks would disagree; give chunk and unroll yourself.")
     if batch < 1:
         raise ValueError(f"tune: batch must be at least 1, got {batch}.")
     check_batch(batch, mesh)

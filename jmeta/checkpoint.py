@@ -195,9 +195,11 @@ def _same_config(folder: Path, config: Any) -> None:
         )
 
 
-def _manager(folder: Path, *, together: bool) -> Any:
+def _manager(folder: Path, *, together: bool = False) -> Any:
     """Orbax's manager of a run's checkpoints, of all processes together or of this one alone."""
     import orbax.checkpoint as ocp
+
+    (folder / "checkpoints").mkdir(exist_ok=True)
 
     own: dict[str, Any] = {}
     if not together and jax.process_count() > 1:
@@ -206,7 +208,7 @@ def _manager(folder: Path, *, together: bool) -> Any:
     options = ocp.CheckpointManagerOptions(
         max_to_keep=KEEP,
         enable_async_checkpointing=False,
-        create=together,
+        create=False,
         multiprocessing_options=ocp.options.MultiprocessingOptions(**own),
     )
     return ocp.CheckpointManager(folder / "checkpoints", options=options)
@@ -244,11 +246,11 @@ def write(folder: Path, snapshot: Snapshot, mesh: Mesh | None = None) -> None:
         return
     leaves = {name: _whole_of(_bits(leaf)) for name, leaf in _leaves(snapshot).items()}
     try:
-        with _manager(folder, together=True) as manager:
+        with _manager(folder, together=hosts.spans_hosts(mesh)) as manager:
             manager.save(snapshot.step, args=ocp.args.StandardSave({**leaves, DIGEST: _digest(leaves)}))
-    except Exception as error:  # TensorStore's are of several kinds
+    except (OSError, ValueError) as error:  # TensorStore raises the latter
         before = latest(folder)
-        kept = "there is none before it" if before is None else f"the newest whole one is that of step {before}"
+        kept = "there is none before it" if before is None else f"the newest one is that of step {before}"
         raise OSError(
             f"checkpoint: step {snapshot.step} cannot be written to {folder}; {kept}. Usual cause: a full disk. "
             f"({str(error).strip()[-200:]})"
@@ -306,20 +308,22 @@ def _stored(folder: Path) -> dict[str, Any]:
     for step, before in zip(found, [*found[1:], None], strict=True):
         try:
             return _whole(folder, step)
+        except (ImportError, MemoryError):
+            raise
         except Exception as error:  # Orbax and TensorStore raise many kinds
             damage = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
             what = f"checkpoint: that of step {step} in {folder} is damaged ({damage})"
             if before is None:
                 cause = "Usual causes: files that were copied in part, or changed by hand."
                 raise ValueError(f"{what}, and there is none before it. {cause}") from error
-            warnings.warn(f"{what}; that of step {before} is used.", stacklevel=4)
+            warnings.warn(f"{what}; that of step {before} is used.", stacklevel=5)
     raise AssertionError
 
 
 def _whole(folder: Path, step: int) -> dict[str, Any]:
     import orbax.checkpoint as ocp
 
-    with _manager(folder, together=False) as manager:
+    with _manager(folder) as manager:
         stored = manager.restore(step, args=ocp.args.StandardRestore())
     digest = stored.pop(DIGEST, None)  # those of jmeta's first runs have none
     if digest is not None and not np.array_equal(digest, _digest(stored)):

@@ -71,7 +71,8 @@ def train(
     folder = Path(workdir) if workdir else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     checkpoint.check_workdir(folder, resume)
     config = builders.with_genotype(config)
-    mesh = mesh_of(config, _kept_devices(folder) if devices is None else devices)
+    kept = _kept_devices(folder) if jax.process_count() == 1 else None
+    mesh = mesh_of(config, kept if devices is None else devices)
     problem = builders.make_problem(config)
     _check_test(config, problem)
     if (folder / "run.json").is_file():
@@ -128,6 +129,8 @@ def mesh_of(config: Config, devices: int | None) -> Mesh | None:
     if chunk < 1 or config.batch % chunk:
         raise ValueError(f"train: batch must be divisible by chunk, got batch {config.batch} and chunk {config.chunk}.")
     if jax.process_count() > 1:
+        if devices is not None and jax.default_backend() != "cpu":
+            raise ValueError(f"devices: several processes train on all their devices, got --devices {devices}; leave it out.")
         devices = jax.device_count()
     mesh = task_mesh(share(config.batch // chunk, jax.device_count()) if devices is None else devices)
     check_batch(config.batch, mesh)

@@ -10,6 +10,7 @@ References:
 import contextlib
 import os
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,8 +27,9 @@ LEAVE_WITHIN = 60  # seconds that a process which is done waits for the others
 def start_processes(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
     """Joins the processes of a run; to be called first in each of them, before `jmeta.use_cores` and any computation.
 
-    On a TPU slice, under Slurm, Open MPI and in Kubernetes jobs JAX finds out all three arguments itself. If a process dies, the
-    others end within a minute; start all of them again with `resume` and they go on from the last checkpoint.
+    On a TPU slice, under Slurm, Open MPI and in Kubernetes jobs JAX finds out all three arguments itself; with GPUs it wants a
+    process for each. If a process dies, the others end within a minute; start all of them again with `resume` and they go on from
+    the last checkpoint. One that is done waits a minute for the others and then ends them.
 
     Args:
       coordinator: "host:port" of process 0, where the others find it.
@@ -67,7 +69,7 @@ def leads() -> bool:
 
 
 def check_hosts(mesh: Mesh | None) -> None:
-    """Refuses a mesh that leaves out processes of the job.
+    """Refuses a mesh that leaves out processes of the job, for what all of them must do together.
 
     Raises:
       ValueError: it has no device of some process.
@@ -75,17 +77,47 @@ def check_hosts(mesh: Mesh | None) -> None:
     owners = {jax.process_index()} if mesh is None else {device.process_index for device in mesh.devices.flat}
     if len(owners) < jax.process_count():
         raise ValueError(
-            f"mesh: it has devices of {len(owners)} of this job's {jax.process_count()} processes, and all must take part where a "
-            "run is kept in a workdir. Use mesh=jmeta.task_mesh()."
+            f"mesh: it has devices of {len(owners)} of this job's {jax.process_count()} processes, and all must take part where it "
+            "spans several or a run is kept in a workdir. Use mesh=jmeta.task_mesh()."
         )
 
 
 def alone(mesh: Mesh | None, act: Callable[[], Any]) -> None:
-    """Process 0 acts while the others wait."""
-    wait(mesh)
-    if leads() or not spans_hosts(mesh):
+    """Process 0 acts while the others wait; if it fails, all do.
+
+    Raises:
+      RuntimeError: process 0 failed; it says why itself.
+    """
+    if not spans_hosts(mesh):
         act()
+        return
     wait(mesh)
+    error = None
+    if leads():
+        try:
+            act()
+        except Exception as raised:
+            error = raised
+    failed, _ = agree(mesh, int(error is not None), 0)
+    if error is not None:
+        raise error
+    if failed:
+        raise RuntimeError("process 0 of this run failed, and says why.")
+
+
+def check_same(**parts: bytes) -> None:
+    """Refuses processes that would not compute the same run.
+
+    Raises:
+      ValueError: it names what differs.
+    """
+    sums = multihost_utils.process_allgather(np.array([zlib.crc32(part) for part in parts.values()], np.uint32))
+    differing = [name for name, column in zip(parts, sums.T, strict=True) if len(set(column.tolist())) > 1]
+    if differing:
+        raise ValueError(
+            f"fit: the processes of this run differ in {', '.join(differing)}. Usual causes: arguments or data that are not the "
+            "same on all, or a workdir that is not one folder for all."
+        )
 
 
 def wait(mesh: Mesh | None) -> None:

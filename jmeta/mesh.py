@@ -246,7 +246,8 @@ def own_shares(make: Callable[[jax.Array], Any], keys: jax.Array, mesh: Mesh | N
         return jax.tree.map(jnp.asarray, make(keys))
     sharding = NamedSharding(mesh, PartitionSpec(None, AXIS))
     places = sharding.addressable_devices_indices_map(keys.shape)
-    parts = [jax.device_put(make(keys[place]), device) for device, place in places.items()]
+    made = {str(place): make(keys[place]) for place in places.values()}  # devices that share parameters share tasks
+    parts = [jax.device_put(made[str(place)], device) for device, place in places.items()]
 
     def join(*own):
         return jax.make_array_from_single_device_arrays((*keys.shape, *own[0].shape[2:]), sharding, list(own))

@@ -7,6 +7,7 @@ task `fold_in(step key, task index)`, so neither chunks nor interruptions change
 
 import contextlib
 import functools
+import json
 import math
 import signal
 import sys
@@ -266,8 +267,9 @@ def fit(
     plan = _Plan(steps, batch, save_every, log_every, validate, mesh)
     _check_kinds(key, learner, tasks, outer, theta)
     check_mesh(mesh)
-    if workdir is not None:
+    if workdir is not None or hosts.spans_hosts(mesh):
         hosts.check_hosts(mesh)
+    if workdir is not None:
         checkpoint.check_workdir(workdir, resume)
     start_theta: Theta = learner.init(key) if theta is None else theta
     _check_outputs(learner, tasks, start_theta)
@@ -276,18 +278,22 @@ def fit(
         chunk = math.gcd(checkpoint.kept(workdir, resume, "chunk") or default_chunk(start_theta.params, share), share)
     _check(plan, chunk)
     start = _first_snapshot(key, start_theta, outer, state, plan)
-    shared_key, shared = replicate(key, mesh), tasks._replace(data=replicate(tasks.data, mesh))
+    shared = tasks._replace(data=replicate(tasks.data, mesh))
     program = learner, tasks.sample, outer, batch, chunk, mesh, layout_of((start.theta, start.state), mesh)
     dispatch = functools.partial(_dispatch, *program)
-    if _is_traced(dispatch, shared_key, start, shared, batch, mesh):
+    if _is_traced(dispatch, key, start, shared, batch, mesh):
         return _fit_traced(functools.partial(_run, *program), key, start, tasks, plan, workdir)
     folder = None
     if workdir is not None:
         folder = Path(workdir).absolute()
         numbers = {"chunk": chunk, "batch": batch}
         hosts.alone(mesh, lambda: checkpoint.open_run(folder, resume, config, labels, count_devices(mesh), **numbers))
-    if folder is not None and checkpoint.latest(folder) is not None:
+    found = folder is not None and checkpoint.latest(folder) is not None
+    if folder is not None and found:
         start = _taken_up(start, key, steps, folder, mesh)
+    if hosts.spans_hosts(mesh):
+        hosts.check_same(**_identity(start, key, plan, chunk, config, folder))
+    if folder is not None and found:
         hosts.alone(mesh, lambda: checkpoint.take_over(folder, config, start.step))
     shown = hosts.leads() or not hosts.spans_hosts(mesh)
     with (
@@ -298,6 +304,20 @@ def fit(
         if hosts.spans_hosts(mesh) and folder is not None:
             report.note(f"{jax.process_count()} processes; should one die, the others end within a minute: {hosts.advice(folder)}.")
         return _loop(dispatch, key, shared, start, plan, report, folder, received)
+
+
+def _identity(start, key, plan, chunk, config, folder) -> dict[str, bytes]:
+    """What must be the same in every process of a run, by name."""
+    numbers = (plan.steps, plan.batch, plan.save_every, plan.log_every, plan.validate and plan.validate[2:4], chunk)
+    described = b"" if folder is None else (folder / "run.json").read_bytes() if (folder / "run.json").is_file() else b"none"
+    return {
+        "the key": np.asarray(jax.random.key_data(key)).tobytes(),
+        "steps, batch, chunk or validation": str(numbers).encode(),
+        "the config": json.dumps(checkpoint.plain(config)).encode() if folder is not None else b"",
+        "the workdir": described,
+        "the step of the newest checkpoint that can be read": str(start.step).encode(),
+        "theta": b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(start.theta.params) if leaf.is_fully_replicated),
+    }
 
 
 def _check_outputs(learner: MetaLearner, tasks: Tasks, theta: Theta) -> None:
@@ -354,7 +374,7 @@ def _loop(dispatch, key, tasks, now, plan, report, folder, received) -> Fit:
             carry, rows = jax.block_until_ready(
                 dispatch(longest, shared_key, _Carry(now.theta, now.state), data, now.step, count, block)
             )
-            rows = jax.tree.map(lambda leaf, count=count: np.asarray(leaf)[:count], rows)
+            rows = jax.tree.map(lambda leaf, count=count: hosts.whole(leaf)[:count], rows)
             _check_finite(rows, now.step, folder)
             stop, pace = hosts.agree(plan.mesh, max(received, default=0), _next_pace(pace, time.perf_counter() - began, longest))
             now = now._replace(theta=carry.theta, state=carry.state, step=now.step + count)
@@ -404,7 +424,7 @@ def _is_traced(dispatch, key, start, tasks, batch, mesh) -> bool:
         data, block, _ = block_of(0)
     longest = DISPATCH if block is None else STAGED_DISPATCH
     call = functools.partial(dispatch, longest)
-    program = jax.make_jaxpr(call)(key, _Carry(start.theta, start.state), data, 0, 1, block)
+    program = jax.make_jaxpr(call)(replicate(key, mesh), _Carry(start.theta, start.state), data, 0, 1, block)
     return any(isinstance(constant, Tracer) for constant in program.consts)
 
 
@@ -471,7 +491,8 @@ def _signals(enabled: bool) -> Iterator[list[int]]:
 
 
 def _leave(number: int, step: int, folder: str) -> None:
-    message = f"Stopped at step {step}; saved in {folder}. To go on, call again with resume=True (jmeta train --resume {folder})."
+    command = f"jmeta train --resume {folder}{' --distributed' * (jax.process_count() > 1)}"
+    message = f"Stopped at step {step}; saved in {folder}. To go on, call again with resume=True ({command})."
     if number == signal.SIGINT:
         raise KeyboardInterrupt(message)
     print(message, file=sys.stderr)
@@ -528,7 +549,7 @@ def _taken_up(start: checkpoint.Snapshot, key: jax.Array, steps: int, folder: Pa
     if not np.array_equal(snapshot.key, jax.random.key_data(key)):
         raise ValueError(f"resume: the run in {folder} began with another key, so it would not go on as if it had not stopped.")
     theta, state = put_like((snapshot.theta, snapshot.state), (start.theta, start.state), mesh)
-    return snapshot._replace(theta=theta, state=state, best=jax.tree.map(jnp.asarray, snapshot.best))
+    return snapshot._replace(theta=theta, state=state, best=put_like(snapshot.best, start.best, mesh))
 
 
 def _next_pace(pace: int, seconds: float, size: int) -> int:

@@ -115,7 +115,8 @@ def test_a_signal_to_one_process_stops_all_at_one_step(tmp_path):
 
 def _wait_for_checkpoint(folder, after):
     until = time.monotonic() + 120
-    while (checkpoint.latest(folder) or 0) <= after and time.monotonic() < until:
+    while (checkpoint.latest(folder) or 0) <= after:
+        assert time.monotonic() < until
         time.sleep(0.01)
 
 
@@ -167,6 +168,22 @@ def test_bad_use_of_the_command_line_is_refused(tmp_path):
         done = subprocess.run([sys.executable, "-m", "jmeta", "train", *arguments], capture_output=True, text=True)
         assert done.returncode == 1 and says in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_failure_between_processes_is_named(monkeypatch):
+    monkeypatch.setattr(hosts, "spans_hosts", lambda mesh: True)
+    says = r"another process of this run has died, or cannot be reached \(UNKNOWN: Gloo .*; start all .*--resume run --distributed"
+    with pytest.raises(RuntimeError, match=says), hosts.naming_the_lost(None, Path("run")):
+        raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed\nand more")
+
+
+def test_processes_that_differ_are_refused(monkeypatch):
+    rows = np.array([[1, 5, 7], [1, 6, 8]], np.uint32)
+    monkeypatch.setattr(hosts.multihost_utils, "process_allgather", lambda mine: rows)
+    with pytest.raises(ValueError, match=r"the processes of this run differ in key, theta. Usual causes: arguments or data"):
+        hosts.check_same(config=b"", key=b"", theta=b"")
+    monkeypatch.setattr(hosts.multihost_utils, "process_allgather", lambda mine: np.stack([mine, mine]))
+    hosts.check_same(config=b"1", key=b"2")
 
 
 def test_failures_of_one_process_are_not_renamed():

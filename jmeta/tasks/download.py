@@ -44,7 +44,8 @@ def download(
 ) -> Path:
     """Downloads a file, or keeps the one at `path` where it passes the checks.
 
-    Bytes go to `path` + `.part`, which a later call resumes; only a checked file ever appears at `path`.
+    Bytes go to `path` + `.part`, which a later call resumes; only a checked file ever appears at `path`. Processes of one machine
+    that want the same file take turns.
 
     Args:
       url: http or https address.
@@ -62,8 +63,27 @@ def download(
       ValueError: a web page, a damaged file or another version came; nothing is left behind.
     """
     path = Path(path)
-    if path.is_file() and not _fault(path, path.suffix, size, sha256):
-        return path
+    with _alone(path):
+        if not path.is_file() or _fault(path, path.suffix, size, sha256):
+            _download(url, path, size, sha256, retries, delay)
+    return path
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Lets one process of a machine at a time work on a file, where the system has such locks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    name = hashlib.sha256(f"{os.getuid()} {path.absolute()}".encode()).hexdigest()[:32]
+    with (Path(tempfile.gettempdir()) / f"jmeta-{name}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _download(url: str, path: Path, size: int | None, sha256: str | None, retries: int, delay: float) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     for attempt in range(retries + 1):
@@ -83,7 +103,6 @@ def download(
         part.unlink()
         raise ValueError(f"{url}: {fault}. Nothing was kept; run again, or put the file at {path} by hand")
     os.replace(part, path)
-    return path
 
 
 def extract_zip(archive: str | os.PathLike, folder: str | os.PathLike) -> Path:
