@@ -44,13 +44,13 @@ def program(work: Work, devices: int) -> tuple[Callable[[], Any], Callable[[], A
     batch = jax.vmap(draw, (0, None))(jax.random.split(key, work.tasks), None)
     chunk = default_chunk(theta.params, work.tasks // max(1, devices))
     gradient = functools.partial(batch_gradient(learner, lambda key, task: task, work.tasks, chunk, mesh), staged=True)
-    arguments = (*replicate((key, theta, batch), mesh), jnp.array(0))
+    key, theta, batch = replicate((key, theta, batch), mesh)
+    arguments = key, theta, batch, jnp.array(0)
     compiled = jax.jit(gradient).lower(*arguments).compile()
     mean = jax.jit(spread(lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), mesh, (False,)))
-    params = arguments[1].params
-    sizes = compiled.memory_analysis()
+    sizes: Any = compiled.memory_analysis()
     held = sizes.temp_size_in_bytes + sizes.argument_size_in_bytes + sizes.output_size_in_bytes
-    whole, alone = functools.partial(compiled, *arguments), functools.partial(mean, params)
+    whole, alone = functools.partial(compiled, *arguments), functools.partial(mean, theta.params)
     return lambda: jax.block_until_ready(whole()), lambda: jax.block_until_ready(alone()), held / 2**20
 
 

@@ -1,5 +1,6 @@
 """Zapping: ways of pre-training on Omniglot, then unseen classes learned one after another, and from shuffled batches.
 
+    python benchmarks/zapping.py --choose                 first: inner rates, for the four methods with a sequence
     python benchmarks/zapping.py --steps 9000
     python benchmarks/zapping.py --methods anml --classes 10 50 75 100 --settings frozen --seeds 0
     python benchmarks/zapping.py --filters 256 --classes 10 50 100 200 600 --draws 10 --rates .055 .01 .0055 .001 7e-4 4e-4 1e-4
@@ -12,7 +13,8 @@ References:
   Frati, Traft, Clune, Cheney, Reset It and Forget It, ECAI 2024 (https://arxiv.org/abs/2310.07996).
 
 Differs from the paper in: fine-tuning sees every image 10 times in batches of 32, where the released code sees it once in batches
-of 256, which for 10 classes is a single step. Inner rates are those of the presets, at every width.
+of 256, which for 10 classes is a single step. Inner rates are chosen for this width, each method's alone, by shorter pre-training
+with a seed of its own and by how it learns unseen classes one after another, frozen and not; OML and ANML have their presets'.
 """
 
 import argparse
@@ -44,6 +46,9 @@ SETTINGS = {  # how unseen classes are learned, and the first rates to choose fr
 }
 FINE_TUNING = {"epochs": 10, "size": 32}
 TRAIN_KEY, TEST_KEY = 0, 1  # folded into a seed's key
+_PLAIN, _META = (3e-2, 1e-2, 3e-3, 1e-3), (3e-1, 1e-1, 3e-2, 1e-2)
+INNER_RATES = {"asb": _PLAIN, "asb-zap": _PLAIN, "meta-asb": _META, "meta-asb-zap": _META}  # to choose from
+CHOICE_STEPS, CHOICE_SEED, CHOICE_CLASSES = 2_500, 100, 50
 
 
 class Test(NamedTuple):
@@ -59,13 +64,47 @@ class Test(NamedTuple):
         return f"{self.setting} {self.classes}"
 
 
-def configuration(method: str, asked: argparse.Namespace, seed: int) -> pretrain.Pretrain:
-    """The preset of a method at the width and for the number of sequences, or batches, that are asked for."""
+def configuration(method: str, asked: argparse.Namespace, seed: int, inner_rate: float | None = None) -> pretrain.Pretrain:
+    """The preset of a method at the width, for the sequences or batches, and at the inner rate that are asked for."""
     name = method.removesuffix("-zap")
     preset = pretrain.PRESETS[f"{'zap-' * method.endswith('-zap')}{name}-omniglot"]
     gates = max(1, preset.gate_filters * asked.filters // preset.filters)
     steps = (asked.batches if name == "iid" else asked.steps) or preset.steps
-    return dataclasses.replace(preset, filters=asked.filters, gate_filters=gates, steps=steps, seed=seed)
+    rate = inner_rate or (chosen(method, asked.filters) if method in INNER_RATES else preset.inner_rate)
+    return dataclasses.replace(preset, filters=asked.filters, gate_filters=gates, steps=steps, seed=seed, inner_rate=rate)
+
+
+def choice(filters: int) -> Path:
+    """Where scores of inner rates are kept."""
+    return RESULTS / f"inner-rates-{filters}.json"
+
+
+def chosen(method: str, filters: int) -> float:
+    """The inner rate with the best score."""
+    scores = json.loads(choice(filters).read_text()).get(method, {}) if choice(filters).exists() else {}
+    if len(scores) < len(INNER_RATES[method]):
+        sys.exit(f"the inner rate of {method} is not chosen yet for {filters} filters; run --choose first.")
+    return float(max(scores, key=lambda rate: scores[rate]["score"] or 0.0))
+
+
+def choose(asked: argparse.Namespace) -> None:
+    """Pre-trains with every inner rate, and scores it: mean accuracy on unseen classes, frozen and not, each at its best rate."""
+    path = choice(asked.filters)
+    asked = argparse.Namespace(**{**vars(asked), "steps": CHOICE_STEPS})
+    for method in (method for method in asked.methods if method in INNER_RATES):
+        for rate in INNER_RATES[method]:
+            found = json.loads(path.read_text()) if path.exists() else {}
+            if f"{rate:g}" in found.get(method, {}):
+                continue
+            config = configuration(method, asked, CHOICE_SEED, rate)
+            tests = [Test(setting, CHOICE_CLASSES, asked.draws, SETTINGS[setting]) for setting in ("frozen", "unfrozen")]
+            result = json.loads(measure(f"{method} {rate:g}", config, tests, asked.runs, RESULTS / "choice").read_text())
+            best = [max(mean for mean, _ in each["tried"].values()) for each in result["settings"].values()]
+            score = statistics.mean(best) if best else None  # it diverged
+            found = json.loads(path.read_text()) if path.exists() else {}
+            row = {"score": score, "of": best, "machine": result["machine"], "steps": CHOICE_STEPS, "seed": CHOICE_SEED}
+            write_json(path, {**found, method: {**found.get(method, {}), f"{rate:g}": row}})
+            print(f"{method}, inner rate {rate:g}: {score}", flush=True)
 
 
 def learn(test: Test, model: jm.Model, theta: jm.Theta, unseen: jm.Images, seed: int) -> dict[str, Any]:
@@ -101,9 +140,10 @@ def beyond(tried: dict[float, tuple[float, float]]) -> tuple[float, ...]:
     return best, RATES[RATES.index(best) + side]
 
 
-def measure(method: str, config: pretrain.Pretrain, tests: Sequence[Test], runs: Path) -> Path:
+def measure(method: str, config: pretrain.Pretrain, tests: Sequence[Test], runs: Path, results: Path = RESULTS) -> Path:
     """Pre-trains one network and lets it learn in every setting; what is there already stays."""
-    path = RESULTS / f"{method}-{config.filters}-{config.steps}-seed{config.seed}.json"
+    results.mkdir(parents=True, exist_ok=True)
+    path = results / f"{method.replace(' ', '-')}-{config.filters}-{config.steps}-seed{config.seed}.json"
     folder = runs / path.stem
     result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"settings": {}}
     for test in tests:
@@ -165,10 +205,12 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=5, help="fresh ones that are reported; as many choose the rate")
     parser.add_argument("--rates", nargs="+", type=float, help="the first learning rates; three a setting if not given")
     parser.add_argument("--runs", type=Path, default=Path("runs") / "zapping")
+    parser.add_argument("--choose", action="store_true", help="score inner rates, which the other calls then take")
     asked = parser.parse_args()
     jm.use_cores()
     jm.use_cache()
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    if asked.choose:
+        return choose(asked)
     rates = {setting: tuple(asked.rates or SETTINGS[setting]) for setting in asked.settings}
     tests = [Test(setting, count, asked.draws, rates[setting]) for setting in asked.settings for count in asked.classes]
     paths = [

@@ -48,7 +48,7 @@ def start_processes(coordinator: str | None = None, processes: int | None = None
         raise ValueError(f"distributed: process must be from 0 to processes - 1, got process {process} of {processes}.")
     if coordinator is not None and not coordinator.rpartition(":")[2].isdigit():
         raise ValueError(f"distributed: coordinator must be 'host:port', got {coordinator!r}.")
-    limits = {"heartbeat_timeout_seconds": LOST_AFTER, "shutdown_timeout_seconds": LEAVE_WITHIN}
+    limits: dict[str, Any] = {"heartbeat_timeout_seconds": LOST_AFTER, "shutdown_timeout_seconds": LEAVE_WITHIN}
     try:
         jax.distributed.initialize(coordinator, processes, process, **limits)
     except ValueError as error:
