@@ -127,7 +127,7 @@ def open_run(workdir: str | Path, resume: bool, config: Any, labels: tuple[str, 
             warnings.warn(
                 f"resume: the run in {folder} began with {began} devices and goes on with {devices}: with the same tasks, and the "
                 "same numbers up to the order of sums, but no longer bit for bit.",
-                stacklevel=5,
+                stacklevel=6,
             )
         for name, value in kept.items():
             if described.get(name, value) != value:

@@ -259,9 +259,12 @@ def fit(
       A `Fit`.
 
     Raises:
-      ValueError: an argument does not fit; a batch above 1 for a learner whose base depends on the task; a head that is too small.
+      ValueError: an argument does not fit; a batch above 1 for a learner whose base depends on the task; a head that is too small;
+        several processes that would not compute the same.
       FileExistsError: workdir holds something and `resume` was not asked for.
       FloatingPointError: the loss or its gradient is no longer finite; the message says at which step and what is saved.
+      OSError: a checkpoint cannot be written; those before it stay.
+      RuntimeError: another process of the run has died.
       KeyboardInterrupt, SystemExit: the run was interrupted, and saved if it has a workdir.
     """
     plan = _Plan(steps, batch, save_every, log_every, validate, mesh)
@@ -283,18 +286,8 @@ def fit(
     dispatch = functools.partial(_dispatch, *program)
     if _is_traced(dispatch, key, start, shared, batch, mesh):
         return _fit_traced(functools.partial(_run, *program), key, start, tasks, plan, workdir)
-    folder = None
-    if workdir is not None:
-        folder = Path(workdir).absolute()
-        numbers = {"chunk": chunk, "batch": batch}
-        hosts.alone(mesh, lambda: checkpoint.open_run(folder, resume, config, labels, count_devices(mesh), **numbers))
-    found = folder is not None and checkpoint.latest(folder) is not None
-    if folder is not None and found:
-        start = _taken_up(start, key, steps, folder, mesh)
-    if hosts.spans_hosts(mesh):
-        hosts.check_same(**_identity(start, key, plan, chunk, config, folder))
-    if folder is not None and found:
-        hosts.alone(mesh, lambda: checkpoint.take_over(folder, config, start.step))
+    folder = None if workdir is None else Path(workdir).absolute()
+    start = _begun(start, key, plan, chunk, folder, resume, config, labels)
     shown = hosts.leads() or not hosts.spans_hosts(mesh)
     with (
         log.reporter(folder if shown else None, steps, start.step, progress and shown) as report,
@@ -304,6 +297,22 @@ def fit(
         if hosts.spans_hosts(mesh) and folder is not None:
             report.note(f"{jax.process_count()} processes; should one die, the others end within a minute: {hosts.advice(folder)}.")
         return _loop(dispatch, key, shared, start, plan, report, folder, received)
+
+
+def _begun(start, key, plan, chunk, folder, resume, config, labels) -> checkpoint.Snapshot:
+    """Where a run stands whose folder is made, or taken up; all processes must agree on it."""
+    found = False
+    if folder is not None:
+        devices, numbers = count_devices(plan.mesh), {"chunk": chunk, "batch": plan.batch}
+        hosts.alone(plan.mesh, lambda: checkpoint.open_run(folder, resume, config, labels, devices, **numbers))
+        found = checkpoint.latest(folder) is not None
+    if folder is not None and found:
+        start = _taken_up(start, key, plan.steps, folder, plan.mesh)
+    if hosts.spans_hosts(plan.mesh):
+        hosts.check_same(**_identity(start, key, plan, chunk, config, folder))
+    if folder is not None and found:
+        hosts.alone(plan.mesh, lambda: checkpoint.take_over(folder, config, start.step))
+    return start
 
 
 def _identity(start, key, plan, chunk, config, folder) -> dict[str, bytes]:
