@@ -213,9 +213,8 @@ def main() -> None:
         return choose(asked)
     rates = {setting: tuple(asked.rates or SETTINGS[setting]) for setting in asked.settings}
     tests = [Test(setting, count, asked.draws, rates[setting]) for setting in asked.settings for count in asked.classes]
-    paths = [
-        measure(method, configuration(method, asked, seed), tests, asked.runs) for seed in asked.seeds for method in asked.methods
-    ]
+    units = [(method, configuration(method, asked, seed)) for seed in asked.seeds for method in asked.methods]
+    paths = [measure(method, config, tests, asked.runs) for method, config in units]
     draw(paths, tests, asked.filters)
 
 
