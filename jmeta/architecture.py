@@ -85,6 +85,42 @@ def init_alpha(key: jax.Array, nodes: int) -> dict[str, Any]:
     }
 
 
+def check_alpha(name: str, alpha: Any, nodes: int | None = None) -> None:
+    """Refuses alphas of another search space.
+
+    Args:
+      name: begins the message.
+      alpha: what should be of `init_alpha`.
+      nodes: of its cells; any if None.
+
+    Raises:
+      ValueError: as said.
+    """
+    nodes = len(alpha.get("normal", ())) if nodes is None else nodes
+    wanted = jax.tree.map(jnp.shape, jax.eval_shape(lambda: init_alpha(jax.random.key(0), nodes)))
+    found = jax.tree.map(jnp.shape, alpha)
+    if nodes < 1 or found != wanted:
+        raise ValueError(
+            f"{name}: the alphas must be those of cells of {max(nodes, 1)} nodes, {wanted}; got {found}. Usual cause: another search "
+            "space, or parameters that are not a supernet's."
+        )
+
+
+def check_threshold(name: str, threshold: float, alpha: Any) -> None:
+    """Refuses a threshold of soft pruning that alphas which have not moved would not pass: nothing would be left to learn from.
+
+    Raises:
+      ValueError: as said; `name` begins the message.
+    """
+    inputs = max(len(node["ops"]) for nodes in alpha.values() for node in nodes.values())
+    choices = max(len(PRIMITIVES), len(pairs_of(inputs)))
+    if threshold >= 1 / choices:
+        raise ValueError(
+            f"{name}: threshold must be below 1/{choices}, what each of the {choices} choices weighs while none is preferred, got "
+            f"{threshold}. Usual cause: cells of more nodes, whose last one has more pairs of inputs; lower the threshold."
+        )
+
+
 def mixture(alpha: Any, temperature: Any = 1.0, threshold: float = 0.0) -> dict[str, Any]:
     """What the logits weigh: softmax at a temperature, with weights up to a threshold put to 0 and the others left as they are.
 
@@ -115,10 +151,14 @@ def genotype(alpha: Any) -> Genotype:
     Args:
       alpha: of `init_alpha`, or the parameters of a supernet.
 
+    Raises:
+      ValueError: they are alphas of another search space, or none.
+
     >>> genotype(init_alpha(jax.random.key(0), 1)).normal[0][0][0] in PRIMITIVES
     True
     """
     alpha = alpha.get("alpha", alpha)
+    check_alpha("genotype", alpha)
 
     def choose(own):
         ops, pairs = np.asarray(own["ops"]), np.asarray(own["pairs"])
@@ -128,11 +168,16 @@ def genotype(alpha: Any) -> Genotype:
 
 
 def check_genotype(name: str, genotype: Genotype) -> None:
-    """Refuses operations that are not known and inputs that are not there yet.
+    """Refuses what is no genotype, operations that are not known and inputs that are not there yet.
 
     Raises:
       ValueError: as said; `name` begins the message.
     """
+    if not isinstance(genotype, Genotype):
+        raise ValueError(
+            f"{name}: the genotype must be a jm.Genotype, got {type(genotype).__name__}. Usual cause: what a JSON file holds; "
+            "jm.load_genotype reads one."
+        )
     for kind, nodes in zip(KINDS, genotype, strict=True):
         if not nodes or len(nodes) != len(genotype.normal):
             raise ValueError(

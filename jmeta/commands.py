@@ -37,7 +37,7 @@ PAPER = 127  # a border brighter than this is paper: the ink is dark
 ROUTED_WAYS = 5  # of the tasks whose channels are compared, at most: few alphabets have 40 classes
 RETRAINED = (  # what a derived network shares with its supernet
     *("dataset", "source", "split", "rotate", "classes", "without", "ways", "shots", "seed"),
-    *("genotype", "cells", "reductions", "filters"),
+    *("genotype", "cells", "reductions", "filters", "norm", "precision"),
 )
 SIZED_TASKS = 20  # whose used weights are counted
 TEST_KEY, EPISODE_KEY, ADAPT_KEY, SEARCH_KEY, ROUTING_KEY, SIZE_KEY = range(

@@ -22,7 +22,7 @@ and batch.
 
 Differs from the paper in: inner rates are for a mean loss (see `jmeta.xent`); on Omniglot 5 queries a class in training, and 15 in
 tests; tests on unrotated classes; the outer rate of the sine waves falls along a cosine; metanas prunes nothing for good during
-training and has no drop-path; SNAIL's embedding of photographs has no dropout and no convolution to 2,048 channels, and a linear
+training (`jmeta.shrink` does) and has no drop-path; SNAIL's embedding of photographs has no dropout and no convolution to 2,048 channels, and a linear
 layer in place of its last.
 """
 

@@ -159,7 +159,7 @@ def _max_pool(x: jax.Array, stride: int) -> jax.Array:
 
 def _avg_pool(x: jax.Array, stride: int) -> jax.Array:
     """Mean of 3 x 3, of the places within the map alone."""
-    counts = [np.convolve(np.ones(size), np.ones(3), "same")[::stride] for size in x.shape[1:3]]
+    counts = [np.convolve(np.ones(size), np.ones(3))[1 : 1 + size : stride] for size in x.shape[1:3]]
     for size, strides in _lines(stride):
         x = sum(_views(x, size, strides))  # type: ignore[assignment]
     return x / np.outer(*counts)[:, :, None].astype(x.dtype)

@@ -18,7 +18,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jmeta.architecture import GONE, KINDS, PRIMITIVES, Genotype, Space, check_genotype, full_space, init_alpha, mixture
+from jmeta.architecture import (
+    GONE,
+    KINDS,
+    PRIMITIVES,
+    Genotype,
+    Space,
+    check_alpha,
+    check_genotype,
+    check_threshold,
+    full_space,
+    init_alpha,
+    mixture,
+)
 from jmeta.core import MetaLearner, Model, Params, Theta, memoise
 from jmeta.models.cell_network import Edge, Edges, Layout, apply_network, check_rows, init_network, ordered, stacked
 from jmeta.models.cells import CellNorm
@@ -73,7 +85,7 @@ def supernet(
         return {"alpha": alpha, "w": init_network(key_weights, layout, ways, channels, shape[2], affine=False)}
 
     def apply(params, x, stats=None):
-        _check_alpha(params["alpha"], nodes)
+        check_alpha("supernet", params["alpha"], nodes)
         weights = params["mixture"] if "mixture" in params else mixture(params["alpha"])
         return apply_network(params["w"], x, layout, {kind: _as_array(weights[kind]) for kind in KINDS})
 
@@ -156,11 +168,12 @@ def promising(params: Params, *, threshold: float = 0.01, temperature: float = 0
       temperature: the last one of `jmeta.anneal`.
 
     Raises:
-      ValueError: the threshold is not from 0 to below 1/7.
+      ValueError: the threshold is not from 0 to below 1/7, or the alphas are of another search space.
     """
     if not 0 <= threshold < 1 / len(PRIMITIVES):
         raise ValueError(f"promising: threshold must be from 0 to below 1/{len(PRIMITIVES)}, got {threshold}.")
     alpha = params.get("alpha", params)
+    check_alpha("promising", alpha)
 
     def left(logits):
         kept = (jax.nn.softmax(logits / temperature) >= threshold) & (logits > GONE / 2)
@@ -216,7 +229,12 @@ def sparse_size(params: Params, *, temperature: float, threshold: float, space: 
 
     Returns:
       A count, without the alphas.
+
+    Raises:
+      ValueError: the alphas are of another search space, or the threshold is so high that none of several equal choices is left.
     """
+    check_alpha("sparse_size", params["alpha"])
+    check_threshold("sparse_size", threshold, params["alpha"])
     mixed = mixture(params["alpha"], temperature, threshold)
     total = jnp.array(sum(leaf.size for leaf in jax.tree.leaves(params["w"])))
     for kind, sizes in operation_sizes(params, space=space).items():
@@ -262,14 +280,6 @@ def _check(
     if not set(halving) <= set(range(cells)) or len(set(halving)) < len(halving):
         raise ValueError(f"{name}: reductions must be numbers of the {cells} cells, from 0 to {cells - 1}, got {halving}.")
     return halving
-
-
-def _check_alpha(alpha: Any, nodes: int) -> None:
-    """Refuses alphas of another search space."""
-    wanted = jax.eval_shape(lambda: init_alpha(jax.random.key(0), nodes))
-    found, shapes = (jax.tree.map(jnp.shape, each) for each in (alpha, wanted))
-    if found != shapes:
-        raise ValueError(f"supernet: the alphas must be those of cells of {nodes} nodes, {shapes}; got {found}.")
 
 
 def _without(alpha: Any, space: Space) -> Any:
@@ -337,9 +347,9 @@ def _moved(name: str, old: Any, new: Any, before: Edges, after: Edges) -> Any:
         if path not in known:
             raise ValueError(f"{name}: the supernet has no {where}. Usual cause: other sizes, or an operation that is gone.")
         found = known[path]
-        kind = next((kind for kind in KINDS if kind in keys[:-1] and "alpha" not in keys), None)
-        if kind is not None:
-            op = str(keys[keys.index(kind) + 1])
+        of_cell = [place for place, key in enumerate(keys) if key in KINDS and str(keys[place - 1]).startswith("cell")]
+        if of_cell:
+            kind, op = str(keys[of_cell[0]]), str(keys[of_cell[0] + 1])
             found = found[_places(name, found, op, before[kind], after[kind])]
         if found.shape != leaf.shape:
             both = f"has shape {found.shape}, but the network to fill has {leaf.shape}"

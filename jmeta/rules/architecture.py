@@ -2,7 +2,7 @@
 
     weights = softmax(alpha / T(step)), and 0 where they are not above a threshold
 
-With `jmeta.reptile` they make MetaNAS, with `jmeta.maml` at order 1 T-NAS. Alphas and weights take turns by a pattern over the two:
+With `jmeta.reptile` they make MetaNAS, with `jmeta.maml` at order 1 and plain steps on both at once T-NAS. Alphas and weights take turns by a pattern over the two:
 `jm.lambda_mask([[1, 0], [0, 1]] * 5, optimizer, labels=("alpha", "w"))`.
 
 References:
@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jmeta.architecture import mixture
+from jmeta.architecture import check_threshold, mixture
 from jmeta.core import Rule, memoise
 
 
@@ -77,13 +77,13 @@ def mix(temperature: float | Callable[[Any], Any] = 1.0, *, threshold: float = 0
       A rule that gates; chain it with an optimiser.
 
     Raises:
-      ValueError: the temperature is not above 0 or the threshold not from 0 to below 1; or, when the rule first meets the
-        parameters, they are not those of a supernet.
+      ValueError: the temperature is not above 0 or the threshold below 0; or, when the rule first meets the parameters, they are
+        not those of a supernet, or the threshold is so high that nothing is left of choices that weigh the same.
     """
     if not callable(temperature) and temperature <= 0:
         raise ValueError(f"mix: temperature must be above 0, got {temperature}.")
-    if not 0 <= threshold < 1:
-        raise ValueError(f"mix: threshold must be from 0 to below 1, got {threshold}.")
+    if threshold < 0:
+        raise ValueError(f"mix: threshold must be at least 0, got {threshold}.")
 
     def gate(params, *, step, hyper, key):
         if "alpha" not in params:
@@ -91,6 +91,7 @@ def mix(temperature: float | Callable[[Any], Any] = 1.0, *, threshold: float = 0
                 f"mix: the parameters have no 'alpha', but {', '.join(params)}. Usual cause: a network that is no supernet; "
                 "derived ones need no mixture."
             )
+        check_threshold("mix", threshold, params["alpha"])
         now = temperature(step) if callable(temperature) else temperature
         return {**params, "mixture": mixture(params["alpha"], now, threshold)}
 

@@ -12,6 +12,8 @@ from jax import lax
 
 import jmeta as jm
 from jmeta.architecture import PRIMITIVES, full_space, mixture, pairs_of
+from jmeta.evaluate.cost import operations
+from jmeta.models import cells
 from tests import toys
 
 SMALL = {"cells": 3, "nodes": 2, "channels": 2, "reductions": (1,), "shape": (9, 8, 1)}
@@ -236,6 +238,63 @@ def test_pruned_for_good_it_is_smaller_and_computes_the_same(key):
             misread()
     with pytest.raises(ValueError, match=r"shrink: the supernet has no .* any more|has weights of"):
         jm.shrink(shrunk, large, full_space(2), before=space)
+
+
+def test_meta_training_goes_on_after_pruning_for_good(key):
+    """Of MetaNAS, whose inner state is kept by the group of its turn: the leaves that stay are the same, and the work is less."""
+    adam: Any = {name: optax.adam(0.01, b1=0.0) for name in ("alpha", "w")}
+
+    def make(space):
+        net = jm.supernet(3, cells=2, nodes=1, channels=4, reductions=(1,), shape=(8, 8, 1), space=space)
+        turns = jm.lambda_mask([[1, 0], [0, 1]], optax.partition(adam, jm.top_level), labels=("alpha", "w"))
+        rule = jm.chain(jm.mix(jm.anneal(1.0, 0.1, 1, every=2), threshold=0.01), turns)
+        return jm.reptile(net, jm.xent, rule, jm.repeat(2), unroll=False, carry_state=True)
+
+    large, train = make(None), {"outer": optax.sgd(0.5), "steps": 2, "batch": 2, "progress": False}
+    begin = large.init(key)
+    alpha = jax.tree.map(lambda leaf: leaf, begin.params["alpha"])
+    alpha["normal"]["node0"]["ops"] = jnp.zeros((2, 7)).at[0, PRIMITIVES.index("sep_conv_3x3")].set(-20.0)  # on one of two inputs
+    begin = begin._replace(params={**begin.params, "alpha": alpha})
+    theta = jm.fit(key, large, _tasks(), theta=begin, **train).theta
+    space = jm.promising(theta.params)
+    assert [len(ops) for ops in space.normal[0]] == [6, 7]
+    small = make(space)
+    shrunk = jm.shrink(theta, small, space)
+    gone = lambda path: "['normal']['sep_conv_3x3']" in jax.tree_util.keystr(path)
+    cut = jax.tree_util.tree_map_with_path(lambda path, leaf: leaf[1:] if gone(path) else leaf, theta.memory)
+    slots = [float(jnp.abs(leaf).max()) for path, leaf in jax.tree_util.tree_leaves_with_path(cut) if gone(path)]
+    assert len(slots) == 16 and max(slots) > 0  # two groups, both slots of Adam, four kernels
+    chex.assert_trees_all_equal(shrunk.memory, cut)
+    again = jm.fit(key, small, _tasks(), theta=shrunk, **train).theta
+    chex.assert_trees_all_equal_shapes_and_dtypes(again, shrunk)
+    assert jm.promising(again.params) == space
+    task = _tasks().sample(key, ())
+    work = [operations(lambda at, by=by: by.grad(key, at, task, meta_step=0), at) for by, at in ((large, theta), (small, shrunk))]
+    assert work[1] < work[0]
+
+
+def test_layers_of_a_supernet_stand_still_by_a_pattern(key):
+    """Rows name the alphas and each layer of the weights; what no row moves is left bit for bit."""
+    net = jm.supernet(3, cells=2, nodes=1, channels=2, shape=(8, 8, 1))
+    labels = ("alpha", "w/stem", "w/cell0", "w/cell1", "w/head")
+    turns = jm.lambda_mask([[1, 0, 0, 0, 0], [0, 0, 0, 1, 1]], optax.adam(0.01, b1=0.0), labels=labels)
+    learner = jm.reptile(net, jm.xent, jm.chain(jm.mix(), turns), jm.repeat(2), unroll=False, carry_state=True)
+    theta = learner.init(key)
+    phi = jax.jit(learner.adapt)(key, theta, _tasks().sample(key, ()).support)
+    still = lambda params: {name: params["w"][name] for name in ("stem", "cell0")}
+    chex.assert_trees_all_equal(still(phi.params), still(theta.params))
+    for name in ("cell1", "head"):
+        assert float(optax.tree.norm(jax.tree.map(jnp.subtract, phi.params["w"][name], theta.params["w"][name]))) > 1e-3
+    assert float(optax.tree.norm(jax.tree.map(jnp.subtract, phi.params["alpha"], theta.params["alpha"]))) > 1e-3
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
+def test_a_mean_is_over_the_places_within_the_map(key, size, stride):
+    x = jax.random.normal(key, (1, size, 3, 2))
+    window = ((1, 3, 3, 1), (1, stride, stride, 1), ((0, 0), (1, 1), (1, 1), (0, 0)))
+    total, count = (lax.reduce_window(each, 0.0, lax.add, *window) for each in (x, jnp.ones_like(x)))
+    np.testing.assert_allclose(cells._avg_pool(x, stride), total / count, rtol=1e-5, atol=1e-6)
 
 
 def test_sparse_size_counts_what_a_task_uses(key):

@@ -28,7 +28,9 @@ def test_the_temperature_falls_within_each_task_and_takes_two_steps_where_two_ta
     ("make", "message"),
     [
         (lambda: jm.mix(0.0), "mix: temperature must be above 0"),
-        (lambda: jm.mix(threshold=1.0), "mix: threshold must be from 0 to below 1"),
+        (lambda: jm.mix(threshold=-0.1), "mix: threshold must be at least 0, got -0.1"),
+        (lambda: _gated(0.15, nodes=3), "mix: threshold must be below 1/7, what each of the 7 choices weighs .* got 0.15"),
+        (lambda: _gated(0.05, nodes=6), "mix: threshold must be below 1/21, .*Usual cause: cells of more nodes"),
         (lambda: jm.anneal(1.0, 0.0, 5), "anneal: temperatures must be above 0, got 1.0 and 0.0"),
         (lambda: jm.anneal(1.0, 0.1, 0), "anneal: steps and every must be at least 1, got 0 and 1"),
         (lambda: jm.mix().gate({"head": 1}, step=0, hyper=(), key=None), "mix: the parameters have no 'alpha', but head"),
@@ -37,6 +39,10 @@ def test_the_temperature_falls_within_each_task_and_takes_two_steps_where_two_ta
 def test_what_cannot_be_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def _gated(threshold, nodes):
+    return jm.mix(threshold=threshold).gate({"alpha": init_alpha(jax.random.key(0), nodes)}, step=0, hyper=(), key=None)
 
 
 def test_an_outer_optimiser_of_the_parameters_leaves_the_rest(key):
