@@ -1,6 +1,6 @@
 """Zapping: ways of pre-training on Omniglot, then unseen classes learned one after another, and from shuffled batches.
 
-    python benchmarks/zapping.py --choose                 first: inner rates, for the four methods with a sequence
+    python benchmarks/zapping.py --choose                 first: rates of pre-training, for six methods
     python benchmarks/zapping.py --steps 9000
     python benchmarks/zapping.py --methods anml --classes 10 50 75 100 --settings frozen --seeds 0
     python benchmarks/zapping.py --filters 256 --classes 10 50 100 200 600 --draws 10 --rates .055 .01 .0055 .001 7e-4 4e-4 1e-4
@@ -13,8 +13,10 @@ References:
   Frati, Traft, Clune, Cheney, Reset It and Forget It, ECAI 2024 (https://arxiv.org/abs/2310.07996).
 
 Differs from the paper in: fine-tuning sees every image 10 times in batches of 32, where the released code sees it once in batches
-of 256, which for 10 classes is a single step. Inner rates are chosen for this width, each method's alone, by shorter pre-training
-with a seed of its own and by how it learns unseen classes one after another, frozen and not; OML and ANML have their presets'.
+of 256, which for 10 classes is a single step. Rates of pre-training are chosen for this width, each method's alone, by a shorter
+one with a seed of its own and by how it learns unseen classes one after another, frozen and not; OML and ANML have their
+presets'. Rates whose training accuracy falls again meanwhile are not taken: with longer pre-training it falls to that of the
+sequence's own images.
 """
 
 import argparse
@@ -32,23 +34,35 @@ import numpy as np
 from machine import machine  # pyright: ignore[reportMissingImports]
 
 import jmeta as jm
-from jmeta import plot, pretrain
+from jmeta import checkpoint, plot, pretrain
 from jmeta.checkpoint import without_nan, write_json
 from jmeta.evaluate.draws import interval
 
 RESULTS = Path(__file__).parent / "results" / "zapping"
 METHODS = ("iid", "iid-zap", "asb", "asb-zap", "meta-asb", "meta-asb-zap", "oml", "anml")
 RATES = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6)
-SETTINGS = {  # how unseen classes are learned, and the first rates to choose from; more of RATES while the best is at an edge
-    "frozen": (1e-2, 3e-3, 1e-3),
+FINE_RATES = tuple(float(f"{10 ** (-quarter / 4):.2g}") for quarter in range(4, 25))  # frozen, a factor of 3 is half the accuracy
+SETTINGS = {  # how unseen classes are learned, and the first rates to choose from; further ones while the best is at an edge
+    "frozen": (1.8e-3, 1e-3, 5.6e-4),
     "unfrozen": (1e-3, 3e-4, 1e-4),
     "fine-tuned": (3e-3, 1e-3, 3e-4),
 }
 FINE_TUNING = {"epochs": 10, "size": 32}
+MOST_FINE_TUNED = 50  # classes: 100 take as long as all else together
 TRAIN_KEY, TEST_KEY = 0, 1  # folded into a seed's key
-_PLAIN, _META = (3e-2, 1e-2, 3e-3, 1e-3), (3e-1, 1e-1, 3e-2, 1e-2)
-INNER_RATES = {"asb": _PLAIN, "asb-zap": _PLAIN, "meta-asb": _META, "meta-asb-zap": _META}  # to choose from
+_IID = ((None, 3e-3), (None, 1e-3), (None, 3e-4))
+_PLAIN = ((1e-2, 1e-3), (3e-3, 1e-3), (1e-3, 1e-3), (3e-3, 3e-3), (1e-3, 3e-3))
+_META = ((1e-1, 1e-3), (3e-2, 1e-3), (1e-2, 1e-3), (3e-2, 3e-3), (1e-2, 3e-3))
+CANDIDATES: dict[str, tuple[tuple[float | None, float], ...]] = {  # inner and outer rates to choose from
+    "iid": _IID,
+    "iid-zap": _IID,
+    "asb": _PLAIN,
+    "asb-zap": _PLAIN,
+    "meta-asb": _META,
+    "meta-asb-zap": _META,
+}
 CHOICE_STEPS, CHOICE_SEED, CHOICE_CLASSES = 2_500, 100, 50
+STILL_LEARNING = 0.95  # of its best training accuracy, that a pre-training of the choice must end with
 
 
 class Test(NamedTuple):
@@ -64,47 +78,59 @@ class Test(NamedTuple):
         return f"{self.setting} {self.classes}"
 
 
-def configuration(method: str, asked: argparse.Namespace, seed: int, inner_rate: float | None = None) -> pretrain.Pretrain:
-    """The preset of a method at the width, for the sequences or batches, and at the inner rate that are asked for."""
+def configuration(
+    method: str, asked: argparse.Namespace, seed: int, rates: tuple[float | None, float] | None = None
+) -> pretrain.Pretrain:
+    """The preset of a method at the width, for the sequences or batches, and at the rates that are asked for."""
     name = method.removesuffix("-zap")
     preset = pretrain.PRESETS[f"{'zap-' * method.endswith('-zap')}{name}-omniglot"]
     gates = max(1, preset.gate_filters * asked.filters // preset.filters)
     steps = (asked.batches if name == "iid" else asked.steps) or preset.steps
-    rate = inner_rate or (chosen(method, asked.filters) if method in INNER_RATES else preset.inner_rate)
-    return dataclasses.replace(preset, filters=asked.filters, gate_filters=gates, steps=steps, seed=seed, inner_rate=rate)
+    config = dataclasses.replace(preset, filters=asked.filters, gate_filters=gates, steps=steps, seed=seed)
+    if rates is None and method not in CANDIDATES:
+        return config
+    inner, outer = chosen(method, asked.filters) if rates is None else rates
+    return dataclasses.replace(config, inner_rate=inner or preset.inner_rate, outer_rate=outer)
 
 
 def choice(filters: int) -> Path:
-    """Where scores of inner rates are kept."""
-    return RESULTS / f"inner-rates-{filters}.json"
+    """Where scores of rates are kept."""
+    return RESULTS / f"rates-{filters}.json"
 
 
-def chosen(method: str, filters: int) -> float:
-    """The inner rate with the best score."""
+def chosen(method: str, filters: int) -> tuple[float | None, float]:
+    """The rates with the best score."""
     scores = json.loads(choice(filters).read_text()).get(method, {}) if choice(filters).exists() else {}
-    if len(scores) < len(INNER_RATES[method]):
-        sys.exit(f"the inner rate of {method} is not chosen yet for {filters} filters; run --choose first.")
-    return float(max(scores, key=lambda rate: scores[rate]["score"] or 0.0))
+    missing = [rates for rates in CANDIDATES[method] if title(rates) not in scores]
+    if missing:
+        sys.exit(f"the rates of {method} are not chosen yet for {filters} filters, {len(missing)} are left; run --choose first.")
+    return max(CANDIDATES[method], key=lambda rates: scores[title(rates)]["score"] or 0.0)
+
+
+def title(rates: tuple[float | None, float]) -> str:
+    """Of rates in files' names and results: the inner one, if there is one, and the outer."""
+    return " ".join(f"{rate:g}" for rate in rates if rate)
 
 
 def choose(asked: argparse.Namespace) -> None:
-    """Pre-trains with every inner rate, and scores it: mean accuracy on unseen classes, frozen and not, each at its best rate."""
+    """Pre-trains with all rates, and scores them: mean accuracy on unseen classes, frozen and not, each at its best rate."""
     path = choice(asked.filters)
     asked = argparse.Namespace(**{**vars(asked), "steps": CHOICE_STEPS})
-    for method in (method for method in asked.methods if method in INNER_RATES):
-        for rate in INNER_RATES[method]:
+    for method in (method for method in asked.methods if method in CANDIDATES):
+        for rates in CANDIDATES[method]:
             found = json.loads(path.read_text()) if path.exists() else {}
-            if f"{rate:g}" in found.get(method, {}):
+            if title(rates) in found.get(method, {}):
                 continue
-            config = configuration(method, asked, CHOICE_SEED, rate)
+            config = configuration(method, asked, CHOICE_SEED, rates)
             tests = [Test(setting, CHOICE_CLASSES, asked.draws, SETTINGS[setting]) for setting in ("frozen", "unfrozen")]
-            result = json.loads(measure(f"{method} {rate:g}", config, tests, asked.runs, RESULTS / "choice").read_text())
+            result = json.loads(measure(f"{method} {title(rates)}", config, tests, asked.runs, RESULTS / "choice").read_text())
             best = [max(mean for mean, _ in each["tried"].values()) for each in result["settings"].values()]
-            score = statistics.mean(best) if best else None  # it diverged
+            learning = bool(best) and result["training_accuracy"][-1] >= STILL_LEARNING * max(result["training_accuracy"])
+            score = statistics.mean(best) if learning else None
             found = json.loads(path.read_text()) if path.exists() else {}
-            row = {"score": score, "of": best, "machine": result["machine"], "steps": CHOICE_STEPS, "seed": CHOICE_SEED}
-            write_json(path, {**found, method: {**found.get(method, {}), f"{rate:g}": row}})
-            print(f"{method}, inner rate {rate:g}: {score}", flush=True)
+            row = {"score": score, "of": best, "machine": result["machine"], "steps": config.steps, "seed": CHOICE_SEED}
+            write_json(path, {**found, method: {**found.get(method, {}), title(rates): row}})
+            print(f"{method}, rates {title(rates)}: {score} of {best}", flush=True)
 
 
 def learn(test: Test, model: jm.Model, theta: jm.Theta, unseen: jm.Images, seed: int) -> dict[str, Any]:
@@ -118,7 +144,7 @@ def learn(test: Test, model: jm.Model, theta: jm.Theta, unseen: jm.Images, seed:
         else:
             found = jm.continual(key, model, jm.xent, theta, unseen, rates=rates, frozen=test.setting == "frozen", **how)
         tried |= found.tried
-        rates = beyond(tried) if tried else ()  # a single rate is not chosen
+        rates = beyond(tried, FINE_RATES if test.setting == "frozen" else RATES)
     if isinstance(found, jm.Transfer):
         scores, own = found.accuracy, FINE_TUNING
     else:
@@ -131,13 +157,13 @@ def learn(test: Test, model: jm.Model, theta: jm.Theta, unseen: jm.Images, seed:
     return without_nan({**about, **own, "seconds": time.perf_counter() - start})
 
 
-def beyond(tried: dict[float, tuple[float, float]]) -> tuple[float, ...]:
-    """The best rate and the next of RATES, where the best is the highest or the lowest that was tried; none otherwise."""
-    best = max(tried, key=lambda rate: tried[rate][0])
-    side = (best == min(tried)) - (best == max(tried))
-    if best not in RATES or not side or not 0 <= RATES.index(best) + side < len(RATES):
+def beyond(tried: dict[float, tuple[float, float]], grid: tuple[float, ...]) -> tuple[float, ...]:
+    """The best rate and the next of a grid, where the best is the highest or the lowest that was tried; none otherwise."""
+    best = max(tried, key=lambda rate: tried[rate][0], default=0.0)  # none were tried where there is no choice
+    side = (best == min(tried)) - (best == max(tried)) if tried else 0
+    if best not in grid or not side or not 0 <= grid.index(best) + side < len(grid):
         return ()
-    return best, RATES[RATES.index(best) + side]
+    return best, grid[grid.index(best) + side]
 
 
 def measure(method: str, config: pretrain.Pretrain, tests: Sequence[Test], runs: Path, results: Path = RESULTS) -> Path:
@@ -146,6 +172,10 @@ def measure(method: str, config: pretrain.Pretrain, tests: Sequence[Test], runs:
     path = results / f"{method.replace(' ', '-')}-{config.filters}-{config.steps}-seed{config.seed}.json"
     folder = runs / path.stem
     result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"settings": {}}
+    begun = checkpoint.read_run(folder)["config"] if (folder / "run.json").exists() else {}
+    for place, kept in ((path, result.get("config")), (folder, begun)):
+        if kept and kept != dataclasses.asdict(config):
+            sys.exit(f"{place} is of another configuration, {kept}; move it away for {dataclasses.asdict(config)}")
     for test in tests:
         kept = result["settings"].get(str(test))
         if kept and (kept["draws"], tuple(kept["rates"])) != (test.draws, test.rates):
@@ -165,8 +195,9 @@ def measure(method: str, config: pretrain.Pretrain, tests: Sequence[Test], runs:
         write_json(path, {**result, "diverged": str(error)})
         print(f"{path.stem}: {error}", flush=True)
         return path
-    speeds = [json.loads(line)["tasks_per_second"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    result["seconds_per_step"] = 1 / statistics.median(speeds)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    result["seconds_per_step"] = 1 / statistics.median(row["tasks_per_second"] for row in rows)
+    result["training_accuracy"] = [row["accuracy"] for row in rows]
     model = pretrain.make_model(config, len(images.names))
     for test in missing:
         found = learn(test, model, theta, unseen, config.seed)
@@ -201,18 +232,20 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="sequences; the preset's if not given")
     parser.add_argument("--batches", type=int, help="of iid; the preset's 570 if not given")
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
-    parser.add_argument("--classes", nargs="+", type=int, default=[10, 50, 100])
+    parser.add_argument("--classes", nargs="+", type=int, default=[10, 50, 100], help="of fine-tuning, 50 at most")
     parser.add_argument("--draws", type=int, default=5, help="fresh ones that are reported; as many choose the rate")
     parser.add_argument("--rates", nargs="+", type=float, help="the first learning rates; three a setting if not given")
     parser.add_argument("--runs", type=Path, default=Path("runs") / "zapping")
-    parser.add_argument("--choose", action="store_true", help="score inner rates, which the other calls then take")
+    parser.add_argument("--choose", action="store_true", help="score rates of pre-training, which the other calls then take")
     asked = parser.parse_args()
     jm.use_cores()
     jm.use_cache()
     if asked.choose:
         return choose(asked)
     rates = {setting: tuple(asked.rates or SETTINGS[setting]) for setting in asked.settings}
-    tests = [Test(setting, count, asked.draws, rates[setting]) for setting in asked.settings for count in asked.classes]
+    pairs = [(setting, count) for setting in asked.settings for count in asked.classes]
+    pairs = [pair for pair in pairs if pair[0] != "fine-tuned" or pair[1] <= MOST_FINE_TUNED]
+    tests = [Test(setting, count, asked.draws, rates[setting]) for setting, count in pairs]
     units = [(method, configuration(method, asked, seed)) for seed in asked.seeds for method in asked.methods]
     paths = [measure(method, config, tests, asked.runs) for method, config in units]
     draw(paths, tests, asked.filters)

@@ -101,8 +101,8 @@ def check_alpha(name: str, alpha: Any, nodes: int | None = None) -> None:
     found = jax.tree.map(jnp.shape, alpha)
     if nodes < 1 or found != wanted:
         raise ValueError(
-            f"{name}: the alphas must be those of cells of {max(nodes, 1)} nodes, {wanted}; got {found}. Usual cause: another search "
-            "space, or parameters that are not a supernet's."
+            f"{name}: the alphas must be those of cells of {max(nodes, 1)} nodes, {wanted}; got {found}. Usual cause: another "
+            "search space, or parameters that are not a supernet's."
         )
 
 

@@ -153,7 +153,8 @@ def make_masked(config: Config, steps: int | None, masked: Pattern | None) -> Me
     rule = others.get(config.method, lambda: rule)()
     rule = rule if masked is None else lambda_mask(masked, rule)
     if config.method == "reptile":  # under a pattern the state would be of other groups of layers
-        return reptile(model, loss, rule, data, carry_state=masked is None, unroll=unroll)
+        together = config.transductive or steps is None
+        return reptile(model, loss, rule, data, carry_state=masked is None, unroll=unroll, transductive=together)
     if config.method == "imaml":
         return imaml(model, loss, rule, data, strength=config.strength, unroll=unroll)
     if config.method == "maml++":
@@ -185,7 +186,7 @@ def _make_comparing(config: Config, steps: int | None, masked: Pattern | None) -
         raise ValueError(f"train: method {config.method} has no inner steps; inner_steps and test_steps must be 0, got {asked}.")
     model, ways = make_model(config), config.ways if steps is not None else config.train_ways or config.ways
     if config.method == "snail":
-        most = max(config.shots, config.train_shots or 1)
+        most = config.train_shots or config.shots
         return snail(snail_net(model, config.ways, features=config.filters, most_shots=most))
     return {"protonet": protonet, "matching": matching, "ridge": ridge}[config.method](model, ways=ways)
 

@@ -78,11 +78,21 @@ def train(
     if (folder / "run.json").is_file():
         config, chunk = _as_begun(config, folder), config.chunk
     else:
-        config, chunk = _tuned(config, problem, mesh)
+        config, chunk = tuned(config, problem, mesh)
     done = _fit(config, problem, folder, resume, mesh, chunk)
     score = _test(config, problem, done.theta, problem.test, config.test_episodes, config.seed, mesh)
     hosts.alone(mesh, lambda: _conclude(config, problem, folder, score, done.theta))
     return folder
+
+
+def check(config: Config) -> None:
+    """Refuses what could not be trained and tested, without any training.
+
+    Raises:
+      ValueError: as said.
+    """
+    mesh_of(config, None)
+    _check_test(config, builders.make_problem(config))
 
 
 def _conclude(config: Config, problem: Problem, folder: Path, score: Score, theta: Theta) -> None:
@@ -145,7 +155,7 @@ def _as_begun(config: Config, folder: Path) -> Config:
     return dataclasses.replace(config, unroll=kept.get("unroll"))
 
 
-def _tuned(config: Config, problem: Problem, mesh: Mesh | None) -> tuple[Config, int | None]:
+def tuned(config: Config, problem: Problem, mesh: Mesh | None) -> tuple[Config, int | None]:
     """The config with the fastest unroll, and the fastest chunk, of those not given; in a short run both stay as they are.
 
     The chunk stays out of the config: a run resumed on other devices may need another.
@@ -285,7 +295,9 @@ def evaluate(
       The JSON file written into the run's folder.
     """
     config, _, theta = _read(run)
-    config = _with_pattern(dataclasses.replace(config, shots=config.shots if shots is None else shots), pattern)
+    made_for = config.train_shots or config.shots if config.method == "snail" else config.train_shots
+    config = dataclasses.replace(config, shots=config.shots if shots is None else shots, train_shots=made_for)
+    config = _with_pattern(config, pattern)
     config = config if steps is None else dataclasses.replace(config, test_steps=steps)
     problem = builders.make_problem(config)
     tasks = getattr(problem, split)

@@ -220,22 +220,24 @@ def shares(metrics: Path, path: Path) -> None:
 
 
 def compared(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draws the accuracy of learners against the time in which they adapt to a task, with 95 % intervals.
+    """Draws what tests of learners measure against the time in which they adapt to a task, with 95 % intervals.
 
     Args:
       rows: of `jmeta compare --learners`.
       path: the PNG to write.
     """
     figure, axes = _figure(7, 5)
+    metric = rows[0]["metric"]
+    times = 100 if metric == "accuracy" else 1
     for number, name in enumerate(dict.fromkeys(row["learner"] for row in rows)):
         mine = [row for row in rows if row["learner"] == name]
         columns = (
             [factor * row[field] for row in mine]
-            for field, factor in (("adaptation_seconds", 1e3), ("mean", 100), ("interval95", 100))
+            for field, factor in (("adaptation_seconds", 1e3), ("mean", times), ("interval95", times))
         )
         time, mean, half = columns
         axes.errorbar(time, mean, half, fmt="o", color=f"C{number % 10}", label=name)
-    axes.set(xscale="log", xlabel="milliseconds to adapt to one task", ylabel="accuracy on unseen classes, %")
+    axes.set(xscale="log", xlabel="milliseconds to adapt to one task", ylabel=f"{metric} on unseen tasks{', %' * (times == 100)}")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

@@ -49,7 +49,7 @@ def test_alphas_of_another_space_have_no_genotype(key):
     alpha = init_alpha(key, 2)
     alpha["reduce"]["node1"]["ops"] = alpha["reduce"]["node1"]["ops"][:, :6]
     for other in (alpha, {"w": {}}):
-        with pytest.raises(ValueError, match="genotype: the alphas must be those of cells of .*Usual cause: another search space"):
+        with pytest.raises(ValueError, match=r"genotype: the alphas must be those of cells of .*Usual cause: another search space"):
             jm.genotype(other)
     with pytest.raises(ValueError, match=r"derive: the genotype must be a jm.Genotype, got dict. .*jm.load_genotype reads one"):
         jm.derive(json.loads(json.dumps(jm.PUBLISHED["metanas-omniglot-v2"]._asdict())), 5)

@@ -238,8 +238,8 @@ def test_what_is_given_is_not_tuned(monkeypatch):
     monkeypatch.setattr(commands, "tune", lambda *_, **options: seen.append(options) or jm.Choice(2, False, {}, "measured"))
     problem = builders.make_problem(CONFIG)
     given = dataclasses.replace(CONFIG, chunk=2, unroll=True)
-    assert commands._tuned(given, problem, None) == (given, 2) and not seen
-    commands._tuned(dataclasses.replace(CONFIG, chunk=2), problem, None)
+    assert commands.tuned(given, problem, None) == (given, 2) and not seen
+    commands.tuned(dataclasses.replace(CONFIG, chunk=2), problem, None)
     assert seen[0]["chunks"] == (2,) and seen[0]["unrolls"] is None
 
 

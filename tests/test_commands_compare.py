@@ -3,6 +3,8 @@
 import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,7 +18,8 @@ TINY = dataclasses.replace(
 
 @pytest.fixture
 def tiny(monkeypatch):
-    for name, changed in (("maml", {}), ("protonet", {"inner_steps": 0, "test_steps": 0, "train_ways": 8})):
+    comparing = {"inner_steps": 0, "test_steps": 0, "train_ways": 8}
+    for name, changed in (("maml", {}), ("protonet", comparing), ("maml++", {"warmup": 1})):
         monkeypatch.setitem(presets.PRESETS, f"{name}-tiny", dataclasses.replace(TINY, method=name, **changed))
 
 
@@ -49,24 +52,76 @@ def test_learners_are_trained_once_and_measured(tiny, tmp_path, monkeypatch, cap
     assert read == [{"size": 28, "channels": 1, "classes": (10, 10, 75), "without": ("7",), "seed": 0}]
     assert rows[0]["parameters"] > rows[1]["parameters"]  # which has no head
     assert (tmp_path / "all" / "compare.png").stat().st_size
-    assert "protonet, seed 0, 2 meta-steps" in capsys.readouterr().out
+    table = (tmp_path / "all" / "compare.md").read_text()
+    assert table in capsys.readouterr().out and "| protonet | 0 | 2 |" in table and table.startswith("accuracy on 4 episodes, 95 %")
 
-    monkeypatch.setattr(commands, "train", None)  # nothing is trained again
-    again = json.loads(commands_compare.compare(**how).read_text())
-    assert [row["mean"] for row in again] == [row["mean"] for row in rows]
+    for name in ("train", "_test"):
+        monkeypatch.setattr(commands, name, None)  # nothing is trained or measured again
+    monkeypatch.setattr(commands_compare, "fewshot", None)
+    again = json.loads(commands_compare.compare(**how, seeds=(0,)).read_text())
+    assert again == rows
+    with pytest.raises(
+        ValueError, match=r"maml-tiny-seed0 was made with steps 2 and not 4. Usual cause: other arguments, same --out"
+    ):
+        commands_compare.compare(**how, steps=4)
+    assert json.loads(path.read_text()) == rows
+
+
+def test_reptile_is_measured_both_ways(monkeypatch, tmp_path):
+    config = dataclasses.replace(TINY, method="reptile", outer_rate=1.0, inner_rate=1e-3)
+    monkeypatch.setitem(presets.PRESETS, "reptile-tiny", config)
+    (row,) = json.loads(commands_compare.compare(learners=("reptile",), preset="tiny", out=str(tmp_path / "all")).read_text())
+    assert row["transductive"] and 0 <= row["one_at_a_time"][0] <= 1
+    alone = builders.make_learner(dataclasses.replace(config, transductive=False), 1)
+    _, theta, _ = jm.load(tmp_path / "all" / "reptile-tiny-seed0")
+    score = jm.fewshot(
+        jax.random.fold_in(jax.random.key(0), commands.TEST_KEY),
+        alone,
+        theta,
+        builders.make_problem(config).test,
+        4,
+        every_step=False,
+    )
+    assert row["one_at_a_time"] == pytest.approx([score.mean, score.interval], abs=1e-6) and not score.transductive
 
 
 def test_a_budget_in_minutes_is_counted_out_once(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(commands_compare, "PROBED", 0.01)
-    steps = commands_compare._affordable("maml", presets.preset("maml-tiny"), 2.0, tmp_path)
-    assert steps >= 1 and json.loads((tmp_path / "budget.json").read_text()) == {"maml, 2 minutes": steps}
+    """By meta-steps that take 10 ms, the first call of each program 5 s more: 2 minutes are 12,000 of them."""
+    now, seen = [0.0], set()
+
+    class Clock:
+        perf_counter = staticmethod(lambda: now[0])
+
+    def slow(key, learner, data, outer, count, *rest, **options):
+        now[0] += 0.01 * count + 5.0 * (learner not in seen)
+        seen.add(learner)
+        return jm.Fit(None, jnp.zeros(1), None, {})
+
+    monkeypatch.setattr(commands_compare, "time", Clock)
+    monkeypatch.setattr(commands_compare, "fit", slow)
+    monkeypatch.setattr(commands, "tuned", lambda config, *_: (config, config.chunk))
+    found = commands_compare._affordable("maml", presets.preset("maml-tiny"), 2.0, tmp_path)
+    assert found.steps == 12_000 and found.warmup == 0
+    both = commands_compare._affordable("maml++", presets.preset("maml++-tiny"), 2.0, tmp_path)
+    assert both.steps == 12_000 and both.warmup == 6_000 and len(seen) == 3  # the warm-up's program, and the one after it
+    kept = json.loads((tmp_path / "budget.json").read_text())
+    assert kept["maml, 2 minutes, 2 tasks"] == {"steps": 12_000, "chunk": None, "unroll": None}
     monkeypatch.setattr(commands_compare, "fit", None)
-    assert commands_compare._affordable("maml", presets.preset("maml-tiny"), 2.0, tmp_path) == steps
+    assert commands_compare._affordable("maml", presets.preset("maml-tiny"), 2.0, tmp_path) == found
 
 
 def test_what_cannot_be_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"compare: shift is colour84, of shape \(84, 84, 3\), but omniglot has images of shape"):
         commands_compare.compare(learners=("maml",), out=str(tmp_path / "new"), shift=("colour84",))
+    for wrong, says in (
+        ({"steps": 0}, "steps must be above 0, got 0"),
+        ({"minutes": -1.0}, "minutes must be above 0, got -1.0"),
+        ({"batch": 0}, "batch must be above 0, got 0"),
+        ({"seeds": ()}, "seeds must be at least one, each once"),
+        ({"learners": ("maml", "maml")}, "learners must be at least one, each once"),
+    ):
+        with pytest.raises(ValueError, match=f"compare: {says}"):
+            commands_compare.compare(**{"learners": ("maml",), "out": str(tmp_path / "new"), **wrong})
     with pytest.raises(ValueError, match="compare: give --steps or --minutes, not both"):
         commands_compare.compare(learners=("maml",), out=str(tmp_path), steps=1, minutes=1.0)
     with pytest.raises(ValueError, match=r"compare: shift is glyphs, of shape \(28, 28, 1\), but sinusoid has no images"):

@@ -38,6 +38,9 @@ LEARNERS = {
     "carried state": lambda rule: jm.maml(toys.net(), jm.xent, rule, jm.repeat(2), carry_state=True),
     "imaml": lambda rule: jm.imaml(toys.net(), jm.xent, rule, jm.repeat(2)),
     "reptile": lambda rule: jm.reptile(toys.net(), jm.xent, rule, jm.repeat(2)),
+    "reptile, one query at a time": lambda rule: jm.reptile(toys.net(), jm.xent, rule, jm.repeat(2), transductive=False),
+    "asb": lambda rule: jm.asb(toys.net(), jm.xent, rule, jm.one_by_one(2)),
+    "meta-asb": lambda rule: jm.asb(toys.net(), jm.xent, rule, jm.one_by_one(2), through=True),
     "reptile with carried state": lambda rule: jm.reptile(toys.net(), jm.xent, rule, jm.minibatches(2, 4), carry_state=True),
 }
 
@@ -62,9 +65,13 @@ OTHERS = {
         jm.with_context(lambda shape: jm.mlp(3, hidden=(8,), shape=shape), (6,), 4), jm.xent, optax.sgd(0.1), jm.repeat(2)
     ),
     "maml++": lambda: jm.maml_plus_plus(toys.normed(), jm.xent, jm.repeat(2), first_order=1),
+    "anil": lambda: jm.anil(toys.net(), jm.xent, optax.sgd(0.1), jm.repeat(2)),
+    "boil": lambda: jm.boil(toys.net(), jm.xent, optax.sgd(0.1), jm.repeat(2)),
+    "oml": lambda: jm.oml(toys.net(), jm.xent, jm.chain(jm.zap("head"), optax.sgd(0.1)), jm.one_by_one(2)),
+    "supervised": lambda: jm.supervised(toys.net(), jm.xent, jm.repeat(2)),
     "snail": lambda: jm.snail(jm.snail_net(toys.features(), 3, features=4, most_shots=2, attention=((4, 4), (4, 4)), filters=4)),
 }
-WITHOUT_STEPS = ("protonet", "protonet, cosine", "matching", "ridge", "snail")
+WITHOUT_STEPS = ("protonet", "protonet, cosine", "matching", "ridge", "supervised", "snail")
 EVERYTHING = jm.chain(toys.noisy(), toys.shrinking(), toys.alternating(), jm.learned_rates(0.1), optax.clip(1.0))
 ROUTES = {
     f"{where}, {refresh}": jm.route(0.5, keep_meta=0.5, where=where, refresh=refresh)
@@ -93,7 +100,7 @@ def test_properties_of_every_rule_and_every_learner(key, name, learner):
         return learner.grad(key, theta, task, meta_step=0)
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "reptile: the meta-parameters")
+        warnings.filterwarnings("ignore", "(reptile|imaml): the meta-parameters")
         theta, keys = jax.jit(learner.init)(key), jax.random.split(key, 2)
     tasks = jax.jit(jax.vmap(toys.blobs().sample, (0, None)))(keys, ())
     one = jax.tree.map(lambda leaf: leaf[1], tasks)

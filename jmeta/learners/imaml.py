@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from jmeta.core import Data, MetaLearner, Model, Rule, Theta, chain, evaluate_loss, inner_loop, memoise
+from jmeta.learners.maml import warn_of_unlearned
 from jmeta.losses import measure
 from jmeta.rules.scale import proximal
 
@@ -53,6 +54,9 @@ def imaml(
     Raises:
       ValueError: strength, damping or added is below 0, strength and added are both 0, or there are no iterations.
 
+    Warns:
+      UserWarning: the rule has meta-parameters, such as learned rates; nothing here gives them a gradient.
+
     >>> from jmeta.losses import xent
     >>> from jmeta.models.backbones import conv4
     >>> from jmeta.tasks.feeds import repeat
@@ -60,8 +64,9 @@ def imaml(
     """
     if min(strength, damping, added) < 0 or strength + added <= 0:
         raise ValueError(
-            f"imaml: strength, damping and added must be at least 0 and not all 0, got {strength}, {damping} and {added}. Usual "
-            "cause: strength 0 in training, where it is the denominator; 0 is for tests alone, with added above 0."
+            f"imaml: strength, damping and added must be at least 0, and one of strength and added above 0, got {strength}, "
+            f"{damping} and {added}. Usual cause: strength 0 in training, where it is the denominator; 0 is for tests alone, with "
+            "added above 0."
         )
     if iterations < 1:
         raise ValueError(f"imaml: iterations must be at least 1, got {iterations}.")
@@ -69,7 +74,14 @@ def imaml(
     loop = inner_loop(model, loss, rule, data, order=1, unroll=unroll, remat=False)
 
     def grad(key, theta, task, *, meta_step):
-        phi = jax.lax.stop_gradient(loop.adapt(key, theta, task.support))
+        key_reset, key_follow = jax.random.split(key)
+
+        def begin(params):
+            return loop.begin(key_reset, theta._replace(params=params), task.support).params
+
+        begun, to_theta = jax.vjp(begin, theta.params)
+        phi = jax.lax.stop_gradient(loop.follow(key_follow, theta._replace(params=begun), task.support)[0])
+        moves = jax.tree.map(lambda end, start: end != start, phi.params, begun)
 
         def at(batch):
             def value(params):
@@ -79,14 +91,21 @@ def imaml(
 
             return jax.grad(value, has_aux=True)
 
-        right, info = at(task.query)(phi.params)
+        def curved(v):
+            _, product = jax.jvp(lambda params: at(task.support)(params)[0], (phi.params,), (v,))
+            return jax.tree.map(lambda hv: hv / (strength + added), product)
+
+        def moving(v):
+            return jax.tree.map(lambda which, own: jnp.where(which, own, 0), moves, v)
 
         def system(v):
-            _, curved = jax.jvp(lambda params: at(task.support)(params)[0], (phi.params,), (v,))
-            return jax.tree.map(lambda own, hv: (1 + damping) * own + hv / (strength + added), v, curved)
+            return moving(jax.tree.map(lambda own, hv: (1 + damping) * own + hv, v, curved(v)))
 
-        solution, _ = jax.scipy.sparse.linalg.cg(system, right, maxiter=iterations, tol=0.0)
-        gradient = Theta(solution, jax.tree.map(jnp.zeros_like, theta.hyper))
+        right, info = at(task.query)(phi.params)
+        solved, _ = jax.scipy.sparse.linalg.cg(system, moving(right), maxiter=iterations, tol=0.0)
+        still = jax.tree.map(jnp.subtract, right, curved(solved))  # what it changes by way of the others
+        at_begin = jax.tree.map(jnp.where, moves, solved, still)
+        gradient = Theta(to_theta(at_begin)[0], jax.tree.map(jnp.zeros_like, theta.hyper))
         return theta, rule.meta(gradient, theta, phi), info
 
-    return MetaLearner(loop.init, loop.adapt, loop.predict, loop.curve, grad)
+    return MetaLearner(lambda key: warn_of_unlearned("imaml", loop.init(key)), loop.adapt, loop.predict, loop.curve, grad)

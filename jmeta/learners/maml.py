@@ -16,6 +16,7 @@ parameters are adapted with the rest unless the rule leaves them out; Meta-SGD's
 """
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,7 @@ from jmeta.core import (
     MetaLearner,
     Model,
     Rule,
+    Theta,
     chain,
     evaluate_loss,
     given,
@@ -75,7 +77,8 @@ def maml(
       A meta-learner whose `phi` is a `Theta`.
 
     Raises:
-      ValueError: `order` is neither 1 nor 2; or it is 2 and the inner optimiser has no derivative at a zero gradient.
+      ValueError: `order` is neither 1 nor 2; or it is 2 and the inner optimiser has no derivative at a zero gradient; or
+        `step_weights` are not one a step.
 
     >>> from jmeta.models.backbones import mlp
     >>> from jmeta.losses import mse
@@ -110,7 +113,12 @@ def _over_steps(loop: InnerLoop, loss: Callable, probe: Callable, step_weights: 
             return value, {"loss": value, **measure(outputs, query.y, query.mask)}
 
         phi, (losses, infos) = loop.walk(key_adapt, theta, task.support, look)
-        weights = step_weights(meta_step) if callable(step_weights) else jnp.asarray(step_weights)
+        weights = jnp.asarray(step_weights(meta_step) if callable(step_weights) else step_weights)
+        if weights.shape != losses[1:].shape:
+            raise ValueError(
+                f"maml: step_weights must give one weight for each of the {loop.steps} inner steps, got shape {weights.shape}. "
+                "Usual cause: jm.step_weights made for another number of steps."
+            )
         return (weights * losses[1:]).sum(), (phi, jax.tree.map(lambda leaf: leaf[-1], infos))
 
     return objective
@@ -142,6 +150,17 @@ def check_differentiable(name: str, rule: Rule, model: Model, steps: int) -> Non
             "NaN. Usual cause: an inner Adam or RMSProp without eps_root, as in optax.adam(1e-3); give it one, "
             "optax.adam(1e-3, eps_root=1e-8), or use order=1."
         )
+
+
+def warn_of_unlearned(name: str, theta: Theta) -> Theta:
+    """Theta as it is; warns where a rule has meta-parameters that the learner has no gradient for."""
+    if jax.tree.leaves(theta.hyper):
+        warnings.warn(
+            f"{name}: the meta-parameters of {', '.join(theta.hyper)} stay as they start, since {name} has no gradient for them. "
+            "Usual cause: a rule made for maml, such as learned_rates.",
+            stacklevel=3,
+        )
+    return theta
 
 
 def _head(name: str, model: Model) -> str:

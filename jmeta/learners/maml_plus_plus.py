@@ -64,6 +64,9 @@ def step_weights(steps: int, *, epochs: int = 10, epoch: int = 500) -> StepWeigh
 def step_norms(steps: int) -> Rule:
     """Gives each inner step scales and biases of its own for every normalisation; they are meta-learned and not adapted.
 
+    What is predicted after a step uses that step's, as in the released code, and before the first step the first's. Rules that rank
+    the parameters' own scales, such as `jmeta.route`, have nothing to choose by beside it: these stay as they start.
+
     Args:
       steps: inner steps that have some; later ones use the last's.
 
@@ -83,7 +86,8 @@ def step_norms(steps: int) -> Rule:
         return found
 
     def gate(params, *, step, hyper, key):
-        now = {name: leaf[jnp.minimum(step, steps - 1)] for name, leaf in hyper.items()}
+        row = step if key is not None else jnp.maximum(step - 1, 0)  # a prediction follows its step
+        now = {name: leaf[jnp.minimum(row, steps - 1)] for name, leaf in hyper.items()}
         return jax.tree_util.tree_map_with_path(lambda path, leaf: now.get(_name(path), leaf), params)
 
     return Rule("step_norms", init, gate=gate)

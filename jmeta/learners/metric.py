@@ -24,6 +24,8 @@ import jax.numpy as jnp
 from jmeta.core import Batch, MetaLearner, Model, Theta, memoise, query_grad
 from jmeta.losses import xent
 
+ABSENT = -1e9  # the logit of a class that has no example
+
 
 class Compared(NamedTuple):
     """What such a learner takes from a support set.
@@ -67,6 +69,11 @@ def _members(support: Batch, ways: int) -> jax.Array:
     return members if support.mask is None else members * support.mask[:, None]
 
 
+def _known(members: jax.Array, logits: jax.Array) -> jax.Array:
+    """Logits of queries, those of classes without an example so low that none is taken for one."""
+    return jnp.where(members.sum(0) > 0, logits, ABSENT)
+
+
 def _check_ways(name: str, ways: int) -> None:
     if not isinstance(ways, int) or ways < 1:
         raise ValueError(f"{name}: ways must be an int of at least 1, got {ways!r}.")
@@ -99,12 +106,13 @@ def protonet(
 
     def learn(hyper, features, support):
         members = _members(support, ways)
-        return members.T @ features / jnp.maximum(members.sum(0), 1)[:, None]
+        return members.T @ features / jnp.maximum(members.sum(0), 1)[:, None], members
 
-    def judge(hyper, prototypes, features):
+    def judge(hyper, known, features):
+        prototypes, members = known
         if distance == "cosine":
-            return _cosines(features, prototypes) - 1
-        return -((features[:, None] - prototypes) ** 2).sum(-1)
+            return _known(members, _cosines(features, prototypes) - 1)
+        return _known(members, -((features[:, None] - prototypes) ** 2).sum(-1))
 
     return _comparing(model, loss, learn, judge)
 
@@ -172,10 +180,12 @@ def ridge(model: Model, loss: Callable[..., jax.Array] = xent, *, ways: int, str
         if support.mask is not None:
             features = features * support.mask[:, None]
         gram = features @ features.T + jnp.exp(hyper["ridge"]["log_strength"]) * jnp.eye(len(features))
-        return features.T @ jax.scipy.linalg.solve(gram, _members(support, ways), assume_a="pos")
+        members = _members(support, ways)
+        return features.T @ jax.scipy.linalg.solve(gram, members, assume_a="pos"), members
 
-    def judge(hyper, weights, features):
-        return hyper["ridge"]["scale"] * (_with_ones(features) @ weights) + hyper["ridge"]["shift"]
+    def judge(hyper, known, features):
+        weights, members = known
+        return _known(members, hyper["ridge"]["scale"] * (_with_ones(features) @ weights) + hyper["ridge"]["shift"])
 
     start = {"ridge": {"log_strength": jnp.log(strength), "scale": 1.0, "shift": 0.0}}
     return _comparing(model, loss, learn, judge, start)

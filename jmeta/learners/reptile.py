@@ -11,7 +11,6 @@ Differs from the paper in: the state that goes on is the mean over the tasks of 
 paper's code hands it from one task to the next.
 """
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from jmeta.core import Data, MetaLearner, Model, Rule, Theta, chain, evaluate_loss, inner_loop, memoise
+from jmeta.learners.maml import warn_of_unlearned
 from jmeta.losses import measure
 
 
@@ -63,14 +63,7 @@ def reptile(
     plain = inner_loop(model, loss, rule, data, order=1, unroll=unroll, remat=False, carry_state=carry_state)
 
     def init(key):
-        theta = plain.init(key)
-        if jax.tree.leaves(theta.hyper):
-            warnings.warn(
-                f"reptile: the meta-parameters of {', '.join(theta.hyper)} stay as they start, since Reptile has no gradient for "
-                "them. Usual cause: a rule made for maml, such as learned_rates.",
-                stacklevel=2,
-            )
-        return theta
+        return warn_of_unlearned("reptile", plain.init(key))
 
     def follow(key, theta, support, watch=None):
         def kept(phi):

@@ -32,7 +32,7 @@ def snail(net: Sequential, loss: Callable[..., jax.Array] = xent, *, vary_shots:
     """SNAIL. Nothing is adapted: there are no inner steps.
 
     Args:
-      net: such as `jm.snail_net(jm.conv4(64, pool=True), ways)`.
+      net: such as `jm.snail_net(jm.conv4(64, pool=True, norm="support"), ways)`.
       loss: of the queries' logits.
       vary_shots: whether, in training, the shots of each episode are drawn from 1 to those that its support set has, so that one
         network serves them all.
@@ -42,7 +42,7 @@ def snail(net: Sequential, loss: Callable[..., jax.Array] = xent, *, vary_shots:
 
     >>> from jmeta.models.backbones import conv4
     >>> from jmeta.models.snail import snail_net
-    >>> learner = snail(snail_net(conv4(64, pool=True), 5))
+    >>> learner = snail(snail_net(conv4(64, pool=True, norm="support"), 5))
     """
 
     def adapt(key, theta, support):
@@ -53,7 +53,10 @@ def snail(net: Sequential, loss: Callable[..., jax.Array] = xent, *, vary_shots:
                 "more shots than snail_net's most_shots."
             )
         order = jnp.argsort(jax.random.uniform(key, mask.shape) + (mask > 0))  # padding first, the rest in random order
-        return Remembered(theta, net.remember(theta.params, support.x[order], support.y[order], mask[order]))
+        places = jnp.arange(len(order))
+        behind = jnp.where(mask[order] > 0, places, len(order) - 1 - places % jnp.maximum((mask > 0).sum(), 1).astype(int))
+        seen = support.x[order[behind]]  # padding shows others' images, so that it adds nothing to a batch's statistics
+        return Remembered(theta, net.remember(theta.params, seen, support.y[order], mask[order]))
 
     def predict(phi, x):
         return net.answer(phi.theta.params, phi.known, x)

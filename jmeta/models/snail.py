@@ -132,7 +132,7 @@ def snail_net(
     """Attention blocks with temporal blocks between them, behind an embedding of each image.
 
     Args:
-      embedding: from images `[N, ...]` to features `[N, D]`: `jm.conv4(64, pool=True)` for Omniglot,
+      embedding: from images `[N, ...]` to features `[N, D]`: `jm.conv4(64, pool=True, norm="support")` for Omniglot,
         `jm.resnet12(384, widths=(64, 96, 128, 256))` for 84 x 84 in colour.
       ways: classes of an episode.
       features: that the embedding makes of an image.

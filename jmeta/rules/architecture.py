@@ -2,7 +2,8 @@
 
     weights = softmax(alpha / T(step)), and 0 where they are not above a threshold
 
-With `jmeta.reptile` they make MetaNAS, with `jmeta.maml` at order 1 and plain steps on both at once T-NAS. Alphas and weights take turns by a pattern over the two:
+With `jmeta.reptile` they make MetaNAS, with `jmeta.maml` at order 1 and plain steps on both at once T-NAS. Alphas and weights take
+turns by a pattern over the two:
 `jm.lambda_mask([[1, 0], [0, 1]] * 5, optimizer, labels=("alpha", "w"))`.
 
 References:

@@ -1,6 +1,7 @@
 """Learners with an inner loop run under a lambda pattern, a zap and routing, all at once, without a line of their own.
 
-Those that are not here (ANIL, BOIL, Meta-SGD, CAVIA, MAML++, OML, ANML) are these with rules of their own.
+Those that are not here (ANIL, BOIL, Meta-SGD, CAVIA, MAML++, OML, ANML) are these with rules of their own; of Meta-SGD's and
+MAML++'s below. MAML++'s norms of each step leave nothing for a choice by the parameters' scales.
 """
 
 import jax
@@ -57,9 +58,13 @@ def test_a_learner_runs_under_pattern_zap_and_routing(key, name):
     assert any(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient.params["layer2"]))
 
 
-def test_learned_rates_run_under_them_too(key):
+@pytest.mark.parametrize("name", ["meta-sgd", "maml++"])
+def test_learned_rates_run_under_them_too(key, name):
     task = toys.blobs().sample(key, ())
-    learner = jm.maml(NET, jm.xent, _rule(jm.learned_rates(0.1)), jm.repeat(2))
+    rates = jm.learned_rates(0.1, per="tensor", steps=2)
+    plus = jm.chain(jm.zap("head"), jm.step_norms(2), jm.lambda_mask(PATTERN, rates))
+    rule = {"meta-sgd": _rule(jm.learned_rates(0.1)), "maml++": plus}[name]
+    learner = jm.maml(NET, jm.xent, rule, jm.repeat(2), step_weights=jm.step_weights(2) if name == "maml++" else None)
     theta = learner.init(key)
     _, gradient, _ = jax.jit(lambda theta: learner.grad(key, theta, task, meta_step=0))(theta)
     rates = [np.abs(leaf).max() for leaf in jax.tree.leaves(gradient.hyper)]

@@ -26,8 +26,9 @@ def test_each_step_has_norms_of_its_own(key):
     hyper = rule.init(params)
     assert set(hyper) == {f"layer{number}/norm/{name}" for number in (1, 2) for name in ("scale", "bias")}
     hyper = {**hyper, "layer1/norm/scale": jnp.stack([jnp.full(8, 2.0), jnp.full(8, 3.0)])}
-    for step, value in ((0, 2.0), (1, 3.0), (2, 3.0)):
-        gated = rule.gate(params, step=step, hyper=hyper, key=None)
+    learning, predicting = ((key, 0, 2.0), (key, 1, 3.0), (key, 2, 3.0)), ((None, 0, 2.0), (None, 1, 2.0), (None, 2, 3.0))
+    for own, step, value in (*learning, *predicting):  # what is predicted after a step uses that step's
+        gated = rule.gate(params, step=step, hyper=hyper, key=own)
         np.testing.assert_array_equal(gated["layer1"]["norm"]["scale"], value)
         chex.assert_trees_all_equal(gated["head"], params["head"])
 
@@ -58,6 +59,11 @@ def test_first_order_comes_first(key):
 def test_what_cannot_be_is_refused(key):
     with pytest.raises(ValueError, match=r"step_norms: no normalisation of .* has a scale"):
         jm.step_norms(2).init(toys.net().init(key))
+    learner = jm.maml(toys.net(), jm.xent, jm.learned_rates(0.1), jm.repeat(3), step_weights=jm.step_weights(1))
+    with pytest.raises(
+        ValueError, match=r"maml: step_weights must give one weight for each of the 3 inner steps, got shape \(1,\)"
+    ):
+        learner.grad(key, learner.init(key), toys.blobs().sample(key, ()), meta_step=0)
     for make in (lambda: jm.step_norms(0), lambda: jm.step_weights(0)):
         with pytest.raises(ValueError, match="must be at least 1"):
             make()

@@ -3,6 +3,7 @@
 from typing import Any
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -55,6 +56,18 @@ def test_ridge_learns_its_strength(key):
 
 
 MAKERS = [jm.protonet, jm.matching, jm.ridge]
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_a_class_without_examples_is_never_taken(key, make):
+    """Learners of 5 ways on episodes of 3: the classes that are there have the logits that they have for 3 ways."""
+    task = toys.blobs().sample(key, ())
+    wide, plain = (make(toys.features(), ways=ways) for ways in (5, 3))
+    theta = plain.init(key)
+    theta = theta._replace(params=jax.tree.map(lambda leaf: 0.1 * leaf, theta.params))  # features near 0, where a mean of none is
+    logits, expected = (each.predict(each.adapt(key, theta, task.support), task.query.x) for each in (wide, plain))
+    np.testing.assert_allclose(logits[:, :3], expected, rtol=1e-4, atol=1e-5)
+    assert (np.argmax(logits, 1) < 3).all() and float(logits[:, 3:].max()) < float(logits[:, :3].min()) - 10
 
 
 @pytest.mark.parametrize("make", MAKERS)

@@ -1,5 +1,8 @@
 """SNAIL as a learner of episodes."""
 
+import dataclasses
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,7 @@ import optax
 import pytest
 
 import jmeta as jm
+from jmeta import builders, presets
 from jmeta.learners.snail import _fewer
 from tests import toys
 
@@ -43,6 +47,41 @@ def test_masked_examples_are_not_looked_at(key):
         for x in (task.support.x, other)
     ]
     np.testing.assert_allclose(outputs[0], outputs[1], atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["batch", "support"])
+def test_masked_examples_are_not_in_the_statistics(key, norm):
+    """One shot of two is left: the known part of the network is what it is for these alone, whatever the others show."""
+    embedding = jm.mlp(4, hidden=(8,), shape=(6,), norm=norm)
+    sizes = {"features": 4, "most_shots": 2, "attention": ((8, 8), (8, 8)), "filters": 8}
+    learner, task = jm.snail(jm.snail_net(embedding, 3, **sizes)), toys.blobs().sample(key, ())
+    theta, mask = learner.init(key), jnp.array([1.0, 0, 1, 0, 1, 0])
+    other = task.support.x + (1 - mask)[:, None] * 5
+    outputs = [
+        learner.predict(learner.adapt(key, theta, task.support._replace(x=x, mask=mask)), task.query.x)
+        for x in (task.support.x, other)
+    ]
+    np.testing.assert_allclose(*outputs, atol=1e-5)
+    if norm == "support":
+        known = learner.adapt(key, theta, task.support._replace(mask=mask)).known["stats"]
+        alone = embedding.stats(theta.params["embedding"], task.support.x[::2])
+        chex.assert_trees_all_close(known, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_queries_of_the_presets_network_are_answered_each_by_itself(key):
+    config = dataclasses.replace(presets.preset("snail-omniglot-5w1s"), filters=4, train_shots=2)
+    learner = builders.make_learner(config)
+    theta, keys = learner.init(key), jax.random.split(key)
+    support = jm.Batch(jax.random.uniform(keys[0], (10, 28, 28, 1)), jnp.arange(10) % 5)
+    queries = jax.random.uniform(keys[1], (3, 28, 28, 1))
+
+    @jax.jit
+    def answers(theta):
+        known = learner.adapt(key, theta, support)
+        return learner.predict(known, queries), jnp.concatenate([learner.predict(known, one[None]) for one in queries])
+
+    together, alone = answers(theta)
+    np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-5)
 
 
 def test_the_order_of_examples_is_drawn(key):
