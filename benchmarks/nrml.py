@@ -1,14 +1,18 @@
-"""NRML against MAML, both also in first order: each task trains, or uses, the channels of the largest scales.
+"""NRML against MAML, also in first order: each task trains, or uses, the channels of the largest scales.
 
-    python benchmarks/nrml.py choose                                  Omniglot 5w1s, one seed, validation classes
+    python benchmarks/nrml.py choose --steps 500 --batch 16           Omniglot 5w1s, one seed, validation classes
+    python benchmarks/nrml.py attempt --steps 500 --batch 16          the same for variants of what was chosen
     python benchmarks/nrml.py compare omniglot-5w1s --seeds 0 1 2     what was chosen, on test classes
     python benchmarks/nrml.py compare omniglot-20w1s --seeds 0 1 2 --steps 2000
     python benchmarks/nrml.py compare caltech-5w1s --seeds 0
+    python benchmarks/nrml.py prune --seeds 0                         half of a slimming-trained network cut away
 
 `choose` trains NRML in two modes at three shares of channels, and MAML at as many inner rates, each in second and in first order,
-on the same tasks, and keeps the best of each by 300 validation episodes. `compare` trains those for as many meta-steps and tests
-them on the same 1,000 episodes; rates are multiples of the set's in `sets.py`. Then it measures which channels tasks choose and how
-far they agree, within alphabets and across. Runs and results are kept and gone on with.
+on the same tasks, and keeps the best of each by 300 validation episodes. `attempt` changes the best NRML in one thing at a time.
+`compare` trains what was chosen for as many meta-steps and tests it on the same 1,000 episodes; rates are multiples of the set's
+in `sets.py`. Then it measures which channels tasks choose and how far they agree, within alphabets and across. `prune`
+meta-trains MAML with scales drawn towards 0 by several strengths and tests each network on the same episodes whole, with half of
+its channels silent, and without them. Runs and results are kept and gone on with.
 
 References:
   Cai et al., Neural Routing in Meta Learning, 2022 (https://arxiv.org/abs/2210.07932).
@@ -21,33 +25,55 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 from machine import machine  # pyright: ignore[reportMissingImports]
 from sets import CALTECH, TEST_KEY, VALID_KEY, Set, caltech, make_set, meta_train  # pyright: ignore[reportMissingImports]
 
 import jmeta as jm
 from jmeta.checkpoint import write_json
+from jmeta.evaluate.cost import alternately, operations
 
 RESULTS = Path(__file__).parent / "results" / "nrml"
 STEPS = 5  # of the inner loop: a choice of channels depends on the task from the second on
 VALID_EPISODES, TEST_EPISODES = 300, 1000
-ROUTING_KEY = 4  # folded into a seed's key
+ROUTING_KEY, SPREAD_KEY = 4, 5  # folded into a seed's key
 RATES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 METHODS = ("nrml", "maml", "fonrml", "fomaml")
+STRENGTHS = (0.0, 1e-4, 1e-3)  # of slimming
+CUT = 0.5  # of all channels
+CHANGES = {  # of NRML, one at a time: options of `jmeta.route`, and below what is not one
+    "signed": {"score": "signed"},
+    "global": {"per": "global"},
+    "task": {"refresh": "task"},
+    "meta": {"keep_meta": "keep"},
+    "spread": {},
+}
 PAIRS = (("nrml", "maml"), ("nrml", "fomaml"), ("fonrml", "maml"), ("fonrml", "fomaml"))
 
 
 class Way(NamedTuple):
-    """How tasks are learned: the method, its inner rate as a multiple of the set's, NRML's mode and share of channels."""
+    """How tasks are learned.
+
+    Attributes:
+      method: one of METHODS.
+      rate: the inner rate as a multiple of the set's.
+      where: NRML's mode.
+      keep: its share of channels.
+      change: one of CHANGES, or none.
+    """
 
     method: str
     rate: float = 1.0
     where: Any = "update"
     keep: float = 1.0
+    change: str = ""
 
     def __str__(self) -> str:
         """Its name in a result."""
-        return f"{self.method}-{self.where}-{self.keep}" if self.routed else f"{self.method}-{self.rate}"
+        changed = f"-{self.change}" if self.change else ""
+        return f"{self.method}-{self.where}-{self.keep}{changed}" if self.routed else f"{self.method}-{self.rate}"
 
     @property
     def routed(self) -> bool:
@@ -68,28 +94,53 @@ WAYS = [
 
 def learner(problem: Set, way: Way) -> jm.MetaLearner:
     """The meta-learner of a way."""
+    options: dict[str, Any] = {name: way.keep if value == "keep" else value for name, value in CHANGES.get(way.change, {}).items()}
     rule: Any = optax.sgd(way.rate * problem.rate)
-    rule = jm.chain(jm.route(way.keep, where=way.where), rule) if way.routed else rule
+    rule = jm.chain(jm.route(way.keep, where=way.where, **options), rule) if way.routed else rule
     return jm.maml(problem.model, jm.xent, rule, jm.repeat(STEPS), order=1 if way.method.startswith("fo") else 2)
+
+
+def start(made: jm.MetaLearner, way: Way, seed: int) -> jm.Theta | None:
+    """Where "spread" starts from: scales that differ, so that the first choice is not by lot. None for the others."""
+    if way.change != "spread":
+        return None
+    key_init, key_spread = jax.random.split(jax.random.fold_in(jax.random.key(seed), SPREAD_KEY))
+    theta = made.init(key_init)
+
+    params = {**theta.params}
+    for number, name in enumerate(name for name in params if "norm" in params[name]):
+        scale = params[name]["norm"]["scale"]
+        drawn = jax.random.uniform(jax.random.fold_in(key_spread, number), scale.shape, minval=0.5, maxval=1.5)
+        params[name] = {**params[name], "norm": {**params[name]["norm"], "scale": drawn}}
+    return theta._replace(params=params)
 
 
 def score(
     problem: Set, name: str, way: Way, seed: int, asked: argparse.Namespace, test: bool
 ) -> tuple[jm.MetaLearner, jm.Theta, jm.Score]:
     """Meta-trains, or takes what is there, and scores on validation or test classes."""
-    made, folder = learner(problem, way), asked.runs / str(asked.steps) / f"{name}-seed{seed}" / str(way)
-    theta = meta_train(made, problem, seed, asked.steps, folder, {**way._asdict(), "inner_steps": STEPS})
+    made, folder = learner(problem, way), asked.runs / f"{asked.steps}x{problem.batch}" / f"{name}-seed{seed}" / str(way)
+    about = {**way._asdict(), "inner_steps": STEPS}
+    theta = meta_train(made, problem, seed, asked.steps, folder, about, theta=start(made, way, seed))
     key = jax.random.fold_in(jax.random.key(seed), TEST_KEY if test else VALID_KEY)
     tasks, episodes = (problem.test, TEST_EPISODES) if test else (problem.valid, VALID_EPISODES)
     return made, theta, jm.fewshot(key, made, theta, tasks, episodes, every_step=False, mesh=jm.task_mesh())
 
 
-def choose(asked: argparse.Namespace) -> None:
-    """Scores every way on validation classes; what is there stays."""
-    path = RESULTS / f"choice-{asked.steps}.json"
-    found = json.loads(path.read_text()) if path.exists() else {"machine": machine(), "meta_steps": asked.steps, "ways": {}}
-    problem = make_set("omniglot-5w1s", None, 0)
-    for way in WAYS:
+def make_problem(name: str, source: str | None, seed: int, batch: int | None) -> Set:
+    """The set, with another meta-batch if given."""
+    problem = make_set(name, source, seed)
+    return problem if batch is None else problem._replace(batch=batch)
+
+
+def valid(ways: list[Way], path: Path, asked: argparse.Namespace) -> None:
+    """Scores ways on validation classes of Omniglot 5w1s; what is there stays."""
+    problem = make_problem("omniglot-5w1s", None, 0, asked.batch)
+    fresh = {"machine": machine(), "meta_steps": asked.steps, "batch": problem.batch, "ways": {}}
+    found = json.loads(path.read_text()) if path.exists() else fresh
+    if found["batch"] != problem.batch:
+        sys.exit(f"{path} is of meta-batches of {found['batch']} tasks, not of {problem.batch}; move it away")
+    for way in ways:
         if str(way) not in found["ways"] and way.method in asked.methods:
             result = score(problem, "omniglot-5w1s", way, 0, asked, test=False)[2]
             found["ways"][str(way)] = {**way._asdict(), "valid": [result.mean, result.interval], "episodes": VALID_EPISODES}
@@ -97,15 +148,21 @@ def choose(asked: argparse.Namespace) -> None:
             print(f"{way}: {result}", flush=True)
 
 
-def chosen(asked: argparse.Namespace) -> list[Way]:
+def attempt(asked: argparse.Namespace) -> None:
+    """Scores every change of the best NRML on validation classes."""
+    best = next(way for way in chosen(asked, ("nrml",)) if way.method == "nrml")
+    valid([best, *(best._replace(change=change) for change in CHANGES)], RESULTS / f"attempts-{asked.steps}.json", asked)
+
+
+def chosen(asked: argparse.Namespace, methods: tuple[str, ...] = METHODS) -> list[Way]:
     """The best way of each method by validation classes."""
     path = RESULTS / f"choice-{asked.choice}.json"
     tried = json.loads(path.read_text())["ways"] if path.exists() else {}
-    missing = [str(way) for way in WAYS if str(way) not in tried]
+    missing = [str(way) for way in WAYS if str(way) not in tried and way.method in methods]
     if missing:
         sys.exit(f"{path} lacks {', '.join(missing)}: let `nrml.py choose` end first")
     best = {row["method"]: row for row in sorted(tried.values(), key=lambda row: row["valid"][0])}
-    return [Way(*(best[method][field] for field in Way._fields)) for method in METHODS]
+    return [Way(*(best[method][field] for field in Way._fields)) for method in methods]
 
 
 def compare(seed: int, asked: argparse.Namespace) -> None:
@@ -121,7 +178,8 @@ def compare(seed: int, asked: argparse.Namespace) -> None:
         "episodes": TEST_EPISODES,
     }
     scores, source = {}, caltech() if asked.name.startswith("caltech") else None
-    problem = make_set(asked.name, source, seed)
+    problem = make_problem(asked.name, source, seed, asked.batch)
+    found["batch"] = problem.batch
     for way in chosen(asked):
         made, theta, scores[way.method] = score(problem, asked.name, way, seed, asked, test=True)
         edge = not way.routed and way.rate in (RATES[0], RATES[-1])
@@ -139,14 +197,68 @@ def compare(seed: int, asked: argparse.Namespace) -> None:
     print(found["gain"], flush=True)
 
 
+def prune(seed: int, asked: argparse.Namespace) -> None:
+    """Half of the channels of MAML's networks cut, with and without slimming: size, latency and accuracy before and after."""
+    path = RESULTS / f"prune-{asked.steps}-seed{seed}.json"
+    found = json.loads(path.read_text()) if path.exists() else {"machine": machine(), "seed": seed, "cut": CUT, "strengths": {}}
+    problem, (way,) = make_problem("omniglot-5w1s", None, seed, asked.batch), chosen(asked, ("maml",))
+    found |= {"meta_steps": asked.steps, "batch": problem.batch, "norm": "batch", "episodes": TEST_EPISODES}
+    for strength in STRENGTHS:
+        if f"{strength:g}" in found["strengths"]:
+            continue
+        made = learner(problem, way)
+        folder = asked.runs / f"{asked.steps}x{problem.batch}" / f"prune-seed{seed}" / f"{strength:g}"
+        about = {**way._asdict(), "inner_steps": STEPS, "slimming": strength}
+        theta = meta_train(made, problem, seed, asked.steps, folder, about, before=jm.slimming(strength))
+        found["strengths"][f"{strength:g}"] = cut(problem, way, theta, seed)
+        write_json(path, found)
+        print(f"slimming {strength:g}: {found['strengths'][f'{strength:g}']}", flush=True)
+
+
+def cut(problem: Set, way: Way, theta: jm.Theta, seed: int) -> dict[str, Any]:
+    """Of one network, whole, with half of its channels silent, without them, and with as many others silent, drawn by lot."""
+    small = jm.prune(theta, CUT, layers=problem.model.layers)
+    smaller = problem._replace(model=jm.conv4(5, filters=small.filters))
+    nets = {"whole": (problem, theta), "silent": (problem, small.masked), "cut": (smaller, small.theta)}
+    nets["silent by lot"] = problem, by_lot(theta, small, np.random.default_rng(seed))
+    rows, scores, calls, key = {}, {}, [], jax.random.fold_in(jax.random.key(seed), TEST_KEY)
+    task = problem.test.draw(key)
+    for name, (own, at) in nets.items():
+        made = learner(own, way)
+        scores[name] = jm.fewshot(key, made, at, problem.test, TEST_EPISODES, every_step=False, mesh=jm.task_mesh())
+        solve = jax.jit(lambda at, task, made=made: made.predict(made.adapt(key, at, task.support), task.query.x))
+        jax.block_until_ready(solve(at, task))
+        calls.append(lambda solve=solve, at=at: solve(at, task))
+        size = sum(leaf.size for leaf in jax.tree.leaves(at.params))
+        accuracy = [scores[name].mean, scores[name].interval]
+        rows[name] = {"parameters": size, "operations": operations(solve, at, task), "accuracy": accuracy}
+    for name, seconds in zip(nets, alternately(calls), strict=True):
+        rows[name]["seconds"] = seconds
+    pairs = {f"cut - {name}": jm.paired(scores["cut"], scores[name]) for name in ("whole", "silent by lot")}
+    return {"networks": rows, "filters": small.filters, **pairs}
+
+
+def by_lot(theta: jm.Theta, small: Any, rng: np.random.Generator) -> jm.Theta:
+    """Theta with as many channels of each layer silent as were cut, others."""
+    params = {**theta.params}
+    for name, kept in small.kept.items():
+        here = rng.permutation(kept)
+        params[name] = {
+            **params[name],
+            "norm": jax.tree.map(lambda leaf, here=here: jnp.where(here, leaf, 0), params[name]["norm"]),
+        }
+    return theta._replace(params=params)
+
+
 def main() -> None:
-    """One of the two stages."""
+    """One of the stages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["choose", "compare"])
+    parser.add_argument("stage", choices=["choose", "attempt", "compare", "prune"])
     parser.add_argument("name", nargs="?", default="omniglot-5w1s", choices=["omniglot-5w1s", "omniglot-20w1s", "caltech-5w1s"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=1200, help="meta-steps")
-    parser.add_argument("--choice", type=int, default=1200, help="meta-steps of the choice that is compared")
+    parser.add_argument("--batch", type=int, help="tasks of a meta-step; the set's if not given")
+    parser.add_argument("--choice", type=int, default=500, help="meta-steps of the choice that is compared")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="of the choice")
     parser.add_argument("--runs", type=Path, default=Path("runs") / "nrml")
     asked = parser.parse_args()
@@ -156,9 +268,11 @@ def main() -> None:
     jm.use_cache()
     RESULTS.mkdir(parents=True, exist_ok=True)
     if asked.stage == "choose":
-        return choose(asked)
+        return valid(WAYS, RESULTS / f"choice-{asked.steps}.json", asked)
+    if asked.stage == "attempt":
+        return attempt(asked)
     for seed in asked.seeds:
-        compare(seed, asked)
+        (compare if asked.stage == "compare" else prune)(seed, asked)
 
 
 if __name__ == "__main__":

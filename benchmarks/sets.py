@@ -68,20 +68,43 @@ def make_set(name: str, source: str | None, seed: int) -> Set:
     return Set(jm.conv4(ways), train, valid, test, shift, 0.4, BATCH[kind])
 
 
-def meta_train(learner: jm.MetaLearner, problem: Set, seed: int, meta_steps: int, folder: Path, about: dict[str, Any]) -> jm.Theta:
-    """Meta-trains by Adam at 1e-3, or goes on, or takes what is there; `about` is kept with the run."""
-    config = {**about, "rate": problem.rate, "batch": problem.batch, "seed": seed}
+def meta_train(
+    learner: jm.MetaLearner,
+    problem: Set,
+    seed: int,
+    meta_steps: int,
+    folder: Path,
+    about: dict[str, Any],
+    *,
+    before: Any = None,
+    theta: jm.Theta | None = None,
+) -> jm.Theta:
+    """Meta-trains by Adam at 1e-3, or goes on, or takes what is there.
+
+    Args:
+      learner: what learns.
+      problem: on what.
+      seed: of all.
+      meta_steps: how many.
+      folder: of the run.
+      about: kept with the run, and may not differ when it goes on.
+      before: a transformation of meta-gradients in front of Adam.
+      theta: to start from.
+    """
+    config = {"rate": problem.rate, **about, "batch": problem.batch, "seed": seed}
+    adam = optax.adam(1e-3)
     return jm.fit(
         jax.random.fold_in(jax.random.key(seed), TRAIN_KEY),
         learner,
         problem.train,
-        optax.adam(1e-3),
+        adam if before is None else optax.chain(before, adam),
         meta_steps,
         problem.batch,
         validate=jm.Validation(learner, problem.valid, 200, every=500),
         mesh=jm.task_mesh(share(problem.batch, jax.device_count())),
         workdir=folder,
         resume=True,
+        theta=theta,
         config=config,
         save_every=250,
     ).theta

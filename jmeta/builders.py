@@ -37,6 +37,7 @@ from jmeta.rules.outer import on_params, top_level
 from jmeta.rules.patterns import Pattern, is_traced, pattern
 from jmeta.rules.route import route
 from jmeta.rules.scale import lambda_mask, learned_rates, sparse
+from jmeta.rules.slimming import slimming
 from jmeta.tasks.episodes import episodes
 from jmeta.tasks.feeds import minibatches, repeat
 from jmeta.tasks.glyphs import glyphs
@@ -108,7 +109,9 @@ def make_outer(config: Config) -> optax.GradientTransformation:
         outer = on_params(optax.partition(parts, top_level))
     else:
         outer = (optax.sgd if config.method == "reptile" else optax.adam)(rate(config.outer_rate))
-    return outer if config.clip is None else optax.chain(optax.clip(config.clip), outer)
+    before = [] if config.clip is None else [optax.clip(config.clip)]
+    before += [slimming(config.slimming)] if config.slimming else []
+    return optax.chain(*before, outer) if before else outer
 
 
 @memoise
@@ -144,7 +147,7 @@ def make_masked(config: Config, steps: int | None, masked: Pattern | None) -> Me
     others: dict[str, Callable[[], Any]] = {
         "meta-sgd": lambda: learned_rates(config.inner_rate),
         "sparse": lambda: chain(rule, sparse()),
-        "nrml": lambda: chain(route(config.keep, where=config.routing), rule),
+        "nrml": lambda: chain(route(config.keep, keep_meta=config.keep_meta, where=config.routing), rule),
         "maml++": lambda: chain(
             step_norms(max(config.inner_steps, 1)), learned_rates(config.inner_rate, per="tensor", steps=max(config.inner_steps, 1))
         ),

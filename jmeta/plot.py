@@ -132,17 +132,22 @@ def matrix(accuracy: np.ndarray, checkpoints: Sequence[int], path: Path) -> None
     figure.savefig(path, dpi=120)
 
 
-def routing(groups: Sequence[str], often: np.ndarray, sizes: dict[str, int], overlap: np.ndarray, path: Path) -> None:
+def routing(
+    groups: Sequence[str], often: np.ndarray, sizes: dict[str, int], overlap: np.ndarray, figures: dict[str, Any], path: Path
+) -> None:
     """Draws how often each group of classes chooses each channel, and the share of channels that tasks have in common.
+
+    The last panel has the means over groups with 95 % intervals, beside what choices by chance have in common.
 
     Args:
       groups: their names.
       often: `[groups, channels]` from 0 to 1, layer beside layer.
       sizes: channels of each layer.
       overlap: `[groups, groups]`.
+      figures: of `Routing.figures`.
       path: the PNG to write.
     """
-    figure, (left, right) = _figure(14, 2 + 0.2 * len(groups), ncols=2, width_ratios=(2, 1))
+    figure, (left, right, last) = _figure(18, 2 + 0.2 * len(groups), ncols=3, width_ratios=(2, 1, 0.7))
     shown = left.imshow(often, cmap="gray", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     edges = np.cumsum([0, *sizes.values()])
     left.set_yticks(range(len(groups)), groups, fontsize=7)
@@ -151,11 +156,18 @@ def routing(groups: Sequence[str], often: np.ndarray, sizes: dict[str, int], ove
         left.axvline(edge - 0.5, color="C0")
     left.set_title("share of a group's tasks that choose a channel", fontsize=9)
     figure.colorbar(shown, ax=left)
-    shown = right.imshow(overlap, cmap="viridis", interpolation="nearest")
+    shown = right.imshow(overlap, cmap="viridis", interpolation="nearest", vmin=min(figures["chance"], overlap.min()), vmax=1)
     right.set_xticks(range(len(groups)), groups, rotation=90, fontsize=7)
     right.set_yticks(range(len(groups)), groups, fontsize=7)
     right.set_title("channels in common; on the diagonal other classes of one group", fontsize=9)
     figure.colorbar(shown, ax=right)
+    means = [name for name in figures if name in ("same classes", "same group", "other groups")]
+    last.errorbar(range(len(means)), *zip(*(figures[name] for name in means), strict=True), fmt="o", capsize=4)
+    last.axhline(figures["chance"], color="gray", linestyle="--", label="by chance")
+    last.set_xticks(range(len(means)), means, fontsize=8)
+    last.set_title("channels in common, means and 95 % intervals over groups", fontsize=9)
+    last.legend(fontsize=8)
+    last.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 
 

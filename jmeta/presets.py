@@ -104,6 +104,10 @@ class Config:
     """Layers that adapt at each inner step, such as "suffix(2)*2, head" (the last two layers twice, then the last one)."""
     keep: float = 0.5
     """Share of each layer's channels that nrml chooses for a task."""
+    keep_meta: float = 1.0
+    """The same of the filters that nrml leaves in a task's meta-gradient."""
+    slimming: float = 0.0
+    """Strength with which scales of normalisations are drawn towards 0, so that `jmeta.prune` finds small ones."""
     routing: Literal["update", "forward"] = "update"
     """Whether nrml trains the filters of the chosen channels alone, or silences the others."""
     inner_rate: float = 0.4

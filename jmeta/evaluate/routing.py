@@ -90,7 +90,7 @@ class Routing(NamedTuple):
 
         often = np.concatenate([each.mean((1, 2)) for each in self.chosen.values()], -1)
         sizes = {name: each.shape[-1] for name, each in self.chosen.items()}
-        draw.routing(self.groups, often, sizes, self.overlap, Path(path))
+        draw.routing(self.groups, often, sizes, self.overlap, self.figures(), Path(path))
 
 
 def routing(
@@ -109,7 +109,8 @@ def routing(
 ) -> Routing:
     """Which channels the adapted networks of tasks choose.
 
-    A rule of `refresh="task"` chooses before it adapts: there all tasks have what `jmeta.channels` says of theta itself.
+    These are the channels of the largest scales after all inner steps: where="forward" predicts with them, where="update" would
+    train them next. A rule of `refresh="task"` chooses before it adapts: there all tasks have what `jmeta.channels` says of theta.
 
     Args:
       key: of the tasks and of the learner.
@@ -128,12 +129,14 @@ def routing(
       A `Routing`; print it.
 
     Raises:
-      ValueError: fewer than three groups are large enough, a class has fewer than `2 * shots` images, or a number is below 1.
+      ValueError: fewer than three groups are large enough, a class has fewer than `2 * shots` images, a number is below 1, the
+        network has fewer outputs than ways, or keep, score, per or pairs are none that `jmeta.channels` takes.
     """
     for name, value in {"ways": ways, "shots": shots, "draws": draws}.items():
         if value < 1:
             raise ValueError(f"routing: {name} must be at least 1, got {value}.")
     groups = _groups(images, ways, shots)
+    _check(learner, theta, images, ways, shots, lambda params: channels(params, keep, score=score, per=per, pairs=pairs))
     key_draw, key_learn = jax.random.split(key)
     rng = np.random.default_rng(np.asarray(jax.random.bits(key_draw, (4,))))
     rows = np.stack([_three(rng, images, own, ways, shots) for own in groups.values() for _ in range(draws)])
@@ -141,6 +144,19 @@ def routing(
     program = learner.adapt, keep, score, per, pairs
     chosen = jax.device_get(_chosen(*program, theta, images.pixels, jax.random.split(key_learn, len(rows)), rows))
     return Routing(tuple(groups), {name: each.reshape(len(groups), draws, 3, -1) for name, each in chosen.items()})
+
+
+def _check(learner: MetaLearner, theta: Theta, images: Images, ways: int, shots: int, choose: Any) -> None:
+    """Refuses what would be found within a compiled program, or not at all."""
+    x = jax.ShapeDtypeStruct((ways * shots, *images.pixels.shape[1:]), jnp.float32)
+    support = Batch(x, jax.ShapeDtypeStruct((ways * shots,), jnp.int32))
+    phi = jax.eval_shape(learner.adapt, jax.random.key(0), theta, support)
+    outputs = jax.eval_shape(learner.predict, phi, x).shape[-1]
+    if outputs < ways:
+        raise ValueError(
+            f"routing: ways is {ways}, but the network has {outputs} outputs. Usual cause: one trained for fewer classes."
+        )
+    jax.eval_shape(choose, phi.params)
 
 
 @functools.partial(jax.jit, static_argnums=range(5))

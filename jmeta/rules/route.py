@@ -45,7 +45,8 @@ def route(
     """Gives each task its own part of a network: `chain(route(0.5), optax.sgd(0.1))`.
 
     Before the first inner step the scales are the meta-learned ones and the choice is the same for all tasks: it takes
-    `refresh="step"` and two steps or more to depend on the task. The choice itself has no gradient.
+    `refresh="step"` and two steps or more to depend on the task. The choice itself has no gradient. Equal scales are drawn by the
+    step's key, but in predictions and for `keep_meta`, which have none, by a lot that is always the same.
 
     In front of an optimiser gradients are masked, as in the released code, and behind it updates, `chain(optax.adam(1e-3),
     route(0.5))`. That is the same for plain gradient descent; an optimiser with momentum or decay moves filters that are not chosen
@@ -95,13 +96,14 @@ def route(
 
     def reset(key, params, support, *, hyper):
         init(params)  # theta may be of another rule, whose init saw other parameters
-        return _silent(params, inner(params, key)) if (where, refresh) == ("forward", "task") else params
+        kept = (where, refresh) != ("forward", "task") or inner.all_of_them
+        return params if kept else _silent(params, inner(params, key))
 
     def masked(gradient, theta, phi):
         return gradient._replace(params=_by_filter(gradient.params, phi.params, meta(phi.params), pairs))
 
     own: dict[str, Any] = {"update": _update(inner, refresh)} if where == "update" else _forward(inner, refresh)
-    rule = Rule("route", init, reset, **own)
+    rule = Rule("route", init, reset, **({} if inner.all_of_them else own))
     return rule if keep_meta == 1 else rule._replace(meta=masked)
 
 
@@ -162,6 +164,11 @@ class _Choice(NamedTuple):
             best = jnp.split(best, np.cumsum([len(own) for own in scores])[:-1])
         return dict(zip(scales, best, strict=False))
 
+    @property
+    def all_of_them(self) -> bool:
+        """Whether no channel is left out."""
+        return self.keep == 1 or (isinstance(self.keep, tuple) and set(self.keep) == {1})
+
     def scales(self, params: Params, name: str | None = None) -> dict[Path, jax.Array]:
         """The scales of every normalisation; with the name of a function in whose stead an error is raised where there are none."""
         found = {path: scale for path, scale in _norms(params) if self.pairs is None or _text(path) in dict(self.pairs)}
@@ -188,9 +195,10 @@ class _Choice(NamedTuple):
             total = sum(sizes)
             return [max(len(sizes), _floor(keeps[0] * total) if sizes else 0)]
         found = [_floor(share * size) for share, size in zip(keeps, sizes, strict=True)]
-        empty = [f"keep {share} of {size}" for share, size, count in zip(keeps, sizes, found, strict=True) if not count]
+        empty = [(share, size) for share, size, count in zip(keeps, sizes, found, strict=True) if not count]
         if empty:
-            raise ValueError(f"{name}: a layer would be left without channels, {empty[0]}; keep at least {1 / min(sizes):.3g}.")
+            share, size = empty[0]
+            raise ValueError(f"{name}: a layer would be left without channels, keep {share} of {size}; keep at least 1/{size}.")
         return found
 
     def check(self, name: str, argument: str, named: dict[str, tuple[str, tuple[str, ...]]]) -> None:
@@ -214,7 +222,7 @@ def _best(key: jax.Array, scores: jax.Array, count: int) -> jax.Array:
     """`bool[C]`, the `count` largest, equal ones by lot."""
     if count == len(scores):
         return jnp.ones(count, bool)
-    order = jnp.lexsort((jax.random.permutation(key, len(scores)), -scores))
+    order = jnp.lexsort((jax.random.bits(key, scores.shape), -scores))
     return jnp.zeros(len(scores), bool).at[order[:count]].set(True)
 
 

@@ -39,7 +39,7 @@ def only(layers: str | tuple[str, ...], rule: Rule | optax.GradientTransformatio
 
     Args:
       layers: a name, or several, at the top level of the parameters, or paths such as "w/head".
-      rule: how those layers are adapted; its resets, gates and updates change them alone.
+      rule: how those layers are adapted; its resets, gates, updates and its last word on a task's meta-gradient change them alone.
 
     Returns:
       A rule.
@@ -65,11 +65,16 @@ def only(layers: str | tuple[str, ...], rule: Rule | optax.GradientTransformatio
     def among(params, changed):
         return with_layers(params, {name: layer_of(changed, name, "only") for name in names})
 
+    def meta(gradient, theta, phi):
+        changed = inner.meta(gradient, theta, phi)
+        return changed._replace(params=among(gradient.params, changed.params))
+
     return inner._replace(
         name="only",
         reset=lambda key, params, support, **context: among(params, inner.reset(key, params, support, **context)),
         gate=lambda params, **context: among(params, inner.gate(params, **context)),
         update=optax.with_extra_args_support(update),
+        meta=meta,
         parts=None,
     )
 

@@ -90,7 +90,8 @@ def prune(theta: Theta, fraction: float, *, layers: tuple[str, ...] | None = Non
 
     Raises:
       ValueError: fraction is outside [0, 1); the layers do not follow each other with a kernel and a normalisation each and a head
-        at last, or are other ones; theta carries the state of an inner optimiser.
+        at last, or are other ones; theta carries the state of an inner optimiser, or meta-parameters of channels that cannot be
+        cut, as MAML++'s norms of each step.
 
     >>> from jmeta.models.backbones import conv4
     >>> small = prune(Theta(conv4(5).init(jax.random.key(0))), 0.5)
@@ -164,4 +165,12 @@ def _cut_hyper(hyper: Any, params: Params, layers: list[tuple[str, str]], kept: 
             lambda own, p: jnp.ndim(own) >= p.ndim and own.shape[jnp.ndim(own) - p.ndim :] == p.shape, hyper, params
         )
         return _cut(hyper, layers, kept) if all(jax.tree.leaves(mirrors)) else hyper
-    return {name: _cut_hyper(own, params, layers, kept) for name, own in hyper.items()} if isinstance(hyper, dict) else hyper
+    if isinstance(hyper, dict):
+        return {name: _cut_hyper(own, params, layers, kept) for name, own in hyper.items()}
+    if jnp.ndim(hyper) > 1 and jnp.shape(hyper)[-1] in {len(own) for own in kept.values()}:
+        raise ValueError(
+            f"prune: theta has meta-parameters of shape {jnp.shape(hyper)}, which seem to be of channels that are cut and cannot "
+            "be cut alike. Usual cause: MAML++'s norms of each step (jmeta.step_norms), beside which the network's own scales say "
+            "nothing."
+        )
+    return hyper

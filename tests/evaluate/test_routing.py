@@ -1,5 +1,7 @@
 """Which channels tasks choose, and how far they agree."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +30,8 @@ def _by_brightness(per_group):
         noise = jax.random.uniform(key, (12,))
         return jm.Theta({"norm": {"scale": jnp.where(jnp.arange(12) // 4 == group, 2.0, 0.0) * per_group + noise}})
 
-    return jm.MetaLearner(*[lambda *_: None] * 5)._replace(adapt=adapt)  # type: ignore[arg-type]
+    none: Any = [lambda *_: None] * 5
+    return jm.MetaLearner(*none)._replace(adapt=adapt, predict=lambda phi, x: jnp.zeros((len(x), 4)))
 
 
 def test_specialised_parts_agree_within_groups_alone(key):
@@ -77,6 +80,15 @@ def test_a_real_learner_and_its_picture(key, tmp_path):
     assert (tmp_path / "routing.png").stat().st_size > 1000
 
 
+def test_what_the_learner_cannot_do_is_named(key):
+    net = jm.conv4(2, filters=4, shape=(SIDE, SIDE, 1))
+    learner = jm.maml(net, jm.xent, jm.chain(jm.route(0.5), optax.sgd(0.1)), jm.repeat(2), order=1)
+    with pytest.raises(ValueError, match="routing: ways is 3, but the network has 2 outputs"):
+        jm.routing(key, learner, learner.init(key), _images(), 0.5, ways=3, shots=1)
+    with pytest.raises(ValueError, match=r"channels: keep must be above 0 and at most 1, or a tuple of such shares, got \[0.5\]"):
+        jm.routing(key, learner, learner.init(key), _images(), [0.5], ways=2, shots=1)
+
+
 @pytest.mark.parametrize(
     ("images", "options", "says"),
     [
@@ -87,7 +99,7 @@ def test_a_real_learner_and_its_picture(key, tmp_path):
         ),
         (_images([str(n) for n in range(18)]), {"ways": 2, "shots": 1}, "got none.*names unlike 'group/class'"),
         (_images(), {"ways": 0, "shots": 1}, "ways must be at least 1, got 0"),
-        (_images(), {"ways": 0, "shots": 1}, "ways must be at least 1, got 0"),
+        (_images(), {"ways": 3, "shots": 1, "draws": 0}, "draws must be at least 1, got 0"),
         (_images(), {"ways": 3, "shots": 3}, "must have 2 \\* shots = 6 images, got one of 4"),
     ],
 )

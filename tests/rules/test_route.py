@@ -51,6 +51,35 @@ def test_to_keep_all_is_plain_maml_bit_for_bit(key, where, refresh):
     chex.assert_trees_all_equal(phi, expected)
 
 
+@pytest.mark.parametrize(("where", "refresh"), MODES)
+def test_to_keep_all_is_plain_maml_bit_for_bit_in_an_optimised_convolution_too(key, where, refresh, optimised):
+    net = jm.conv4(3, filters=4, shape=(16, 16, 1))
+    plain = jm.maml(net, jm.xent, optax.sgd(0.1), jm.repeat(2))
+    task = jax.tree.map(lambda x: x, toys.blobs(size=256).sample(key, ()))
+    task = jm.Task(*(part._replace(x=part.x.reshape(-1, 16, 16, 1)) for part in task))
+    theta = plain.init(key)
+    learner = _learner(jm.route((1.0,) * 4, where=where, refresh=refresh), net, steps=2)
+    programs = [jax.jit(lambda theta, by=by: by.grad(key, theta, task, meta_step=0)[1:]) for by in (learner, plain)]
+    chex.assert_trees_all_equal(*(program(theta) for program in programs))
+
+
+def test_filters_of_a_convolution_stay_or_are_silent(key):
+    """As of the layers above, on kernels of four axes behind batch normalisation."""
+    net = jm.conv4(3, filters=4, shape=(16, 16, 1))
+    theta, support = _theta(key, net), jm.Batch(jax.random.normal(key, (6, 16, 16, 1)), jnp.arange(6) % 3)
+    phi = jax.jit(_learner(jm.route(0.5, refresh="task"), net, steps=2).adapt)(key, theta, support)
+    chosen = {name.split("/")[0]: np.asarray(own) for name, own in jm.channels(theta.params, 0.5).items()}
+    for name, own in chosen.items():
+        moved = np.asarray(phi.params[name]["conv"]["kernel"] != theta.params[name]["conv"]["kernel"])
+        assert not moved[..., ~own].any() and moved[..., own].any((0, 1, 2)).all()
+    gated = jm.route(0.5, where="forward").gate(theta.params, step=0, hyper=(), key=key)
+    assert net.inputs is not None
+    seen = net.inputs(gated, support.x)
+    for name, after in zip(net.layers, net.layers[1:], strict=False):
+        maps = np.abs(np.asarray(seen[after])).reshape(6, -1, 4).max((0, 1))
+        np.testing.assert_array_equal(maps > 0, chosen[name])
+
+
 @pytest.mark.parametrize("score", ["abs", "signed"])
 def test_the_largest_scales_are_chosen(key, score):
     params = _theta(key).params

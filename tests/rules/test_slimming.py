@@ -55,8 +55,6 @@ def test_a_pruned_network_gives_what_the_masked_one_gives(key, name):
     chex.assert_trees_all_equal_shapes(small.theta.hyper["learned_rates"], small.theta.params)
     first = jax.tree.map(lambda leaf: leaf[0], small.theta.hyper["only"]["learned_rates"])
     chex.assert_trees_all_equal(first, small.theta.hyper["learned_rates"])
-    first = jax.tree.map(lambda leaf: leaf[0], small.theta.hyper["only"]["learned_rates"])
-    chex.assert_trees_all_equal(first, small.theta.hyper["learned_rates"])
     scales = np.concatenate([np.abs(theta.params[layer]["norm"]["scale"]) for layer in small.kept])
     kept = np.concatenate(list(small.kept.values()))
     assert scales[kept].min() >= scales[~kept].max()
@@ -82,6 +80,22 @@ def _theta(net):
     return jm.Theta(net.init(jax.random.key(0)))
 
 
+def _of_each_step(net):
+    params = net.init(jax.random.key(0))
+    return jm.Theta(params, {"step_norms": jm.step_norms(2).init(params)})
+
+
+def test_scales_shrink_in_training(key):
+    net = toys.normed()
+    learner = jm.maml(net, jm.xent, optax.sgd(0.1), jm.repeat(1))
+    mean = {}
+    for strength in (0.0, 0.1):
+        outer = optax.chain(jm.slimming(strength), optax.adam(1e-2))
+        params = jm.fit(key, learner, toys.blobs(), outer, steps=30, batch=4, progress=False).theta.params
+        mean[strength] = np.mean([np.abs(params[name]["norm"]["scale"]) for name in ("layer1", "layer2")])
+    assert mean[0.1] < mean[0.0] - 0.1
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [
@@ -90,7 +104,7 @@ def _theta(net):
         (lambda: jm.prune(_theta(toys.net()), 0.5), "got layer1, layer2, head.*without normalisation"),
         (lambda: jm.prune(_theta(jm.conv4(3, filters=8))._replace(memory={"state": jnp.ones(1)}), 0.5), "carries the state"),
         (lambda: jm.prune(_theta(jm.conv4(3, filters=8)), 0.5, layers=("a", "head")), "layers must be those of the parameters"),
-        (lambda: jm.prune(_theta(jm.conv4(3, filters=8)), 0.5, layers=("a", "head")), "layers must be those of the parameters"),
+        (lambda: jm.prune(_of_each_step(jm.conv4(3, filters=8)), 0.5), r"meta-parameters of shape \(2, 8\).*jmeta.step_norms"),
         (lambda: jm.slimming(-1.0), "strength must be a finite number of at least 0"),
         (lambda: jm.slimming(1.0).update({}, optax.EmptyState()), "update needs params"),
         (lambda: jm.conv4(3, filters=(8, 8)), "one for each of the four blocks"),
