@@ -1,21 +1,28 @@
 """MetaNAS against Reptile with fixed networks: conv4, and the best of some derived architectures.
 
+    python benchmarks/metanas.py omniglot-5w1s --choose            first: an inner rate for each kind of network
     python benchmarks/metanas.py omniglot-5w1s --seeds 0 1
     python benchmarks/metanas.py caltech-5w1s --seeds 0 1          pictures at 28 pixels, in colour
+    python benchmarks/metanas.py caltech84-5w1s --channels 28 --reductions 1 3
 
-Every network is trained by Reptile for as many meta-steps on the same classes, with the same inner optimiser and batches, and
-tested on the same 600 episodes of unseen classes; fixed networks have about as many parameters as a task of MetaNAS uses. Then, of
-MetaNAS: what soft pruning after a task's adaptation saves and costs, against the same parameters unpruned and pruned at random to
-the same size, and how far alphas move. Runs and results are kept and gone on with.
+Every network is trained by Reptile for as many meta-steps on the same classes, with batches and an outer rate that are the same,
+and tested on the same 600 episodes of unseen classes; fixed networks are as wide as it takes to have about as many parameters as a
+task of MetaNAS uses. Then, of MetaNAS: what soft pruning after a task's adaptation saves and costs, against the same parameters
+unpruned and pruned at random to the same size; what pruning for good saves; and how far alphas move. Runs and results are kept and
+gone on with.
 
 References:
   Elsken, Staffler, Metzen, Hutter, Meta-Learning of Neural Architectures for Few-Shot Learning, CVPR 2020
   (https://arxiv.org/abs/1911.11090).
+
+Differs from the paper in: a smaller network and fewer meta-steps by default; mixtures are annealed to 0.1 in training too.
 """
 
 import argparse
+import dataclasses
 import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,38 +38,69 @@ from jmeta import plot
 from jmeta.architecture import mixture
 from jmeta.builders import shares
 from jmeta.checkpoint import write_json
+from jmeta.evaluate.cost import operations
 from jmeta.evaluate.draws import interval
+from jmeta.mesh import share
 from jmeta.models.supernet import operation_sizes
 
 RESULTS = Path(__file__).parent / "results" / "metanas"
-CELLS, CHANNELS, REDUCTIONS = 4, 8, (0, 2)
+PUBLISHED = ("metanas-omniglot-v2", "metanas-mini-imagenet-v2")
+RATES = (1e-3, 5e-3)  # inner ones, to choose from
+CHOICE_STEPS, CHOICE_SEED = 500, 100
 TRAIN_SHOTS, INNER_STEPS, INNER_BATCH, TEST_STEPS = 10, 5, 10, 50  # in half of the tests' steps alphas are adapted as well
-INNER_RATE, META_RATE, ALPHA_RATE, DECAY = 5e-3, 1.0, 0.6, 1e-3
+META_RATE, ALPHA_RATE, DECAY = 1.0, 0.6, 1e-3  # the outer ones fall to 0
 COLDEST, TRAIN_THRESHOLD, TEST_THRESHOLD = 0.1, 0.01, 0.05
 BATCH, EPISODES, VALID_EPISODES = 5, 600, 200
-CONV4, DERIVED = 28, 14  # filters of conv4 and channels of derived networks
+LEAST = 0.93  # of Reptile's conv4 on Omniglot 5w1s, without which a comparison is void
+LEAST_STEPS, LEAST_CHANNELS = 3_000, 8  # likewise
 PRUNE_KEY = 5  # folded into a seed's key
 
 
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What is compared: the data set, the supernet's size, and for how many meta-steps."""
+
+    name: str
+    cells: int
+    channels: int
+    reductions: tuple[int, ...]
+    steps: int
+
+    @property
+    def ways(self) -> int:
+        """Classes of an episode."""
+        return int(self.name.rpartition("-")[2].partition("w")[0])
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of an image."""
+        side = 84 if self.name.startswith("caltech84") else 28
+        return side, side, 1 if self.name.startswith("omniglot") else 3
+
+    def __str__(self) -> str:
+        """Its name in a result."""
+        return f"{self.name}-c{self.channels}-{self.steps}"
+
+
 class Problem(NamedTuple):
-    """Tasks of disjoint classes, and the shape of their images."""
+    """Tasks of disjoint classes."""
 
     train: jm.Tasks
     valid: jm.Tasks
     test: jm.Tasks
-    shape: tuple[int, int, int]
 
 
-def make_problem(name: str, seed: int) -> Problem:
-    """Omniglot, or Caltech-101 made smaller."""
-    if name.startswith("omniglot"):
-        splits, shape = jm.omniglot(split="customary", seed=seed), (28, 28, 1)
+def make_problem(work: Work, seed: int) -> Problem:
+    """Omniglot, or Caltech-101, made smaller unless at its full 84 pixels."""
+    if work.name.startswith("omniglot"):
+        splits = jm.omniglot(split="customary", seed=seed)
     else:
-        made = photographs(str(caltech()), seed)
-        splits, shape = jm.Splits(*(small(images) for images in made if images is not None)), (28, 28, 3)
+        splits = photographs(str(caltech()), seed)
+        if work.shape[0] == 28:
+            splits = jm.Splits(*(small(images) for images in splits if images is not None))
     assert splits.valid is not None
-    train = jm.episodes(splits.train, 5, TRAIN_SHOTS, 1)
-    return Problem(train, jm.episodes(splits.valid, 5, 1, 15), jm.episodes(splits.test, 5, 1, 15), shape)
+    train = jm.episodes(splits.train, work.ways, TRAIN_SHOTS, 1)
+    return Problem(train, jm.episodes(splits.valid, work.ways, 1, 15), jm.episodes(splits.test, work.ways, 1, 15))
 
 
 def small(images: jm.Images) -> jm.Images:
@@ -76,102 +114,169 @@ def seen(steps: int, testing: bool) -> jm.Data:
     return jm.repeat(steps) if testing else jm.minibatches(steps, INNER_BATCH)
 
 
-def fixed(model: jm.Model, testing: bool) -> jm.MetaLearner:
+def fixed(model: jm.Model, rate: float, testing: bool) -> jm.MetaLearner:
     """Reptile of one network."""
     data = seen(TEST_STEPS if testing else INNER_STEPS, testing)
-    return jm.reptile(model, jm.xent, optax.adam(INNER_RATE, b1=0.0), data, carry_state=True, unroll=False)
+    return jm.reptile(model, jm.xent, optax.adam(rate, b1=0.0), data, carry_state=True, unroll=False)
 
 
-def searching(model: jm.Model, turns: int, alone: int, *, testing: bool, threshold: float) -> jm.MetaLearner:
+def searching(model: jm.Model, rate: float, turns: int, alone: int, *, testing: bool) -> jm.MetaLearner:
     """Reptile of a supernet whose alphas and weights take turns, then weights alone."""
     parts: Any = {
-        "w": optax.adam(INNER_RATE, b1=0.0),
-        "alpha": optax.chain(optax.add_decayed_weights(DECAY), optax.adam(INNER_RATE, b1=0.0)),
+        "w": optax.adam(rate, b1=0.0),
+        "alpha": optax.chain(optax.add_decayed_weights(DECAY), optax.adam(rate, b1=0.0)),
     }
     rows = ((1, 0), (0, 1)) * turns + ((0, 1),) * alone
     turn = jm.lambda_mask(rows, optax.partition(parts, jm.top_level), labels=("alpha", "w"))
     temperature = jm.anneal(1.0, COLDEST if turns else 1.0, max(turns, 1), every=2)
-    rule = jm.chain(jm.mix(temperature, threshold=threshold), turn)
+    rule = jm.chain(jm.mix(temperature, threshold=TEST_THRESHOLD if testing else TRAIN_THRESHOLD), turn)
     return jm.reptile(model, jm.xent, rule, seen(len(rows), testing), carry_state=True, unroll=False)
 
 
-def learners(name: str, shape: tuple[int, int, int], meta_steps: int) -> tuple[jm.MetaLearner, jm.MetaLearner]:
-    """Of a network, the one that trains and the one that is tested."""
-    if name == "metanas":
-        net = supernet(shape)
-        warm = searching(net, 0, INNER_STEPS, testing=False, threshold=TRAIN_THRESHOLD)
-        both = searching(net, INNER_STEPS, 0, testing=False, threshold=TRAIN_THRESHOLD)
-        half = TEST_STEPS // 2
-        tested = searching(net, half, TEST_STEPS - half, testing=True, threshold=TEST_THRESHOLD)
-        return jm.watched(jm.switch(warm, both, at=(meta_steps // 2,)), shares), tested
+def searched(model: jm.Model, rate: float) -> jm.MetaLearner:
+    """The learner that MetaNAS is tested with."""
+    return searching(model, rate, TEST_STEPS // 2, TEST_STEPS - TEST_STEPS // 2, testing=True)
+
+
+def supernet(work: Work, space: Any = None) -> jm.Model:
+    """The search space of all runs here, or what is left of it."""
+    sizes: Any = {"cells": work.cells, "channels": work.channels, "reductions": work.reductions}
+    return jm.supernet(work.ways, shape=work.shape, space=space, **sizes)
+
+
+def network(name: str, work: Work, width: int) -> jm.Model:
+    """A fixed one: conv4, or of a genotype, published or in a file."""
     if name == "conv4":
-        model = jm.conv4(5, filters=CONV4, shape=shape)
-    else:
-        genotype = jm.PUBLISHED[name] if name in jm.PUBLISHED else jm.load_genotype(name)
-        model = jm.derive(genotype, 5, cells=CELLS, channels=DERIVED, reductions=REDUCTIONS, shape=shape)
-    return fixed(model, False), fixed(model, True)
+        return jm.conv4(work.ways, filters=width, shape=work.shape, pool=work.shape[0] == 84)
+    genotype = jm.PUBLISHED[name] if name in PUBLISHED else jm.load_genotype(name)
+    return jm.derive(genotype, work.ways, cells=work.cells, channels=width, reductions=work.reductions, shape=work.shape)
 
 
-def supernet(shape: tuple[int, int, int]) -> jm.Model:
-    """The search space of all runs here."""
-    return jm.supernet(5, cells=CELLS, channels=CHANNELS, reductions=REDUCTIONS, shape=shape)
+def width_of(name: str, work: Work, parameters: float) -> int:
+    """The width at which a fixed network has about so many parameters."""
+
+    def size(width: int) -> int:
+        shapes = jax.eval_shape(network(name, work, width).init, jax.random.key(0))
+        return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+    return min(range(4, 129, 2), key=lambda width: abs(size(width) - parameters))
 
 
-def train(name: str, problem: Problem, seed: int, asked: argparse.Namespace, folder: Path) -> jm.Theta:
+def learners(name: str, work: Work, rate: float, width: int) -> tuple[jm.MetaLearner, jm.MetaLearner]:
+    """Of a network, the one that trains and the one that is tested."""
+    if name != "metanas":
+        model = network(name, work, width)
+        return fixed(model, rate, False), fixed(model, rate, True)
+    net = supernet(work)
+    phases = (searching(net, rate, 0, INNER_STEPS, testing=False), searching(net, rate, INNER_STEPS, 0, testing=False))
+    return jm.watched(jm.switch(*phases, at=(work.steps // 2,)), shares), searched(net, rate)
+
+
+def train(name: str, problem: Problem, work: Work, rate: float, width: int, seed: int, folder: Path) -> jm.Theta:
     """Meta-trains, or goes on, or takes what is there."""
-    learner, _ = learners(name, problem.shape, asked.steps)
-    outer: Any = optax.sgd(META_RATE)
+    learner, _ = learners(name, work, rate, width)
+
+    def falling(start: float) -> optax.GradientTransformation:
+        return optax.sgd(optax.linear_schedule(start, 0.0, work.steps))
+
+    outer = falling(META_RATE)
     if name == "metanas":
-        outer = jm.on_params(optax.partition({"w": outer, "alpha": optax.sgd(ALPHA_RATE)}, jm.top_level))
-    about = {"inner_rate": INNER_RATE, "inner_batch": INNER_BATCH, "train_shots": TRAIN_SHOTS, "batch": BATCH, "seed": seed}
+        parts: Any = {"w": falling(META_RATE), "alpha": falling(ALPHA_RATE)}
+        outer = jm.on_params(optax.partition(parts, jm.top_level))
+    cells = json.loads(Path(name).read_text()) if name.endswith(".json") else name
+    about = {"network": cells, "rate": rate, "width": width, "seed": seed, **dataclasses.asdict(work), **constants()}
     return jm.fit(
         jax.random.fold_in(jax.random.key(seed), TRAIN_KEY),
         learner,
         problem.train,
         outer,
-        asked.steps,
+        work.steps,
         BATCH,
+        mesh=jm.task_mesh(share(BATCH, jax.device_count())),
         workdir=folder,
         resume=True,
-        config={"network": Path(name).stem, **about},
+        config=about,
         save_every=250,
     ).theta
 
 
-def tested(name: str, problem: Problem, theta: jm.Theta, seed: int, valid: bool) -> tuple[jm.Score, float]:
-    """The score, and the median seconds in which it adapts to a task."""
-    _, learner = learners(name, problem.shape, 2)
+def constants() -> dict[str, Any]:
+    """What all runs here share."""
+    names = ("TRAIN_SHOTS", "INNER_STEPS", "INNER_BATCH", "TEST_STEPS", "META_RATE", "ALPHA_RATE", "DECAY", "COLDEST", "BATCH")
+    return {name.lower(): globals()[name] for name in (*names, "TRAIN_THRESHOLD", "TEST_THRESHOLD")}
+
+
+def scored(learner: jm.MetaLearner, problem: Problem, theta: jm.Theta, seed: int, valid: bool = False) -> jm.Score:
+    """Its accuracy on validation or test classes."""
     key = jax.random.fold_in(jax.random.key(seed), VALID_KEY if valid else TEST_KEY)
     tasks, episodes = (problem.valid, VALID_EPISODES) if valid else (problem.test, EPISODES)
-    score = jm.fewshot(key, learner, theta, tasks, episodes, every_step=False, mesh=jm.task_mesh())
-    if valid:
-        return score, float("nan")
-    adapt, support = jax.jit(learner.adapt), tasks.sample(key, tasks.data).support
+    return jm.fewshot(key, learner, theta, tasks, episodes, every_step=False, mesh=jm.task_mesh())
+
+
+def seconds_to_adapt(learner: jm.MetaLearner, problem: Problem, theta: jm.Theta) -> float:
+    """The median over ten calls."""
+    key = jax.random.key(0)
+    adapt, support = jax.jit(learner.adapt), problem.test.draw(key).support
     seconds = [seconds_of(lambda: jax.block_until_ready(adapt(key, theta, support))) for _ in range(11)]
-    return score, statistics.median(seconds[1:])
+    return statistics.median(seconds[1:])
 
 
-def prunings(problem: Problem, theta: jm.Theta, seed: int) -> dict[str, Any]:
+def choose(work: Work, runs: Path) -> None:
+    """Scores inner rates of each kind of network by validation classes, after short training with a seed of its own."""
+    path, short = rates_file(work), dataclasses.replace(work, steps=CHOICE_STEPS)
+    found = json.loads(path.read_text()) if path.exists() else {"machine": machine(), "meta_steps": CHOICE_STEPS}
+    problem = make_problem(short, CHOICE_SEED)
+    for name, width in (("metanas", work.channels), ("conv4", 28), (PUBLISHED[0], 14)):
+        for rate in RATES:
+            if f"{rate:g}" in found.get(name, {}):
+                continue
+            theta = train(name, problem, short, rate, width, CHOICE_SEED, runs / f"choice-{short}" / f"{name}-{rate:g}")
+            result = scored(learners(name, short, rate, width)[1], problem, theta, CHOICE_SEED, valid=True)
+            found[name] = {**found.get(name, {}), f"{rate:g}": [result.mean, result.interval]}
+            write_json(path, found)
+            print(f"{name}, inner rate {rate:g}: {result}", flush=True)
+
+
+def rates_file(work: Work) -> Path:
+    """Where scores of inner rates are kept."""
+    return RESULTS / f"{work.name}-c{work.channels}-rates.json"
+
+
+def chosen(work: Work) -> Callable[[str], float]:
+    """The inner rate of a network."""
+    found = json.loads(rates_file(work).read_text()) if rates_file(work).exists() else {}
+    kinds = {"metanas": "metanas", "conv4": "conv4"}
+    missing = [name for name in ("metanas", "conv4", PUBLISHED[0]) if len(found.get(name, {})) < len(RATES)]
+    if missing:
+        raise SystemExit(f"the inner rates of {', '.join(missing)} are not chosen yet; run --choose first.")
+
+    def rate_of(name: str) -> float:
+        own = found[kinds.get(name, PUBLISHED[0])]
+        return float(max(own, key=lambda rate: own[rate][0]))
+
+    return rate_of
+
+
+def prunings(problem: Problem, work: Work, theta: jm.Theta, rate: float, seed: int) -> dict[str, Any]:
     """Of the same adapted parameters: accuracy unpruned, pruned and pruned at random, sizes, and how far the alphas went."""
-    net, half = supernet(problem.shape), TEST_STEPS // 2
-    learner = searching(net, half, TEST_STEPS - half, testing=True, threshold=TEST_THRESHOLD)
-    start = mixture(theta.params["alpha"], COLDEST)
+    net = supernet(work)
+    learner = searched(net, rate)
 
     @jax.jit
-    def one(key):
+    def one(key, theta, data):
         key_task, key_learn, key_prune = jax.random.split(key, 3)
-        task = problem.test.sample(key_task, problem.test.data)
+        task = problem.test.sample(key_task, data)
         params = learner.adapt(key_learn, theta, task.support).params
         whole, pruned = (mixture(params["alpha"], COLDEST, threshold) for threshold in (0.0, TEST_THRESHOLD))
         by_chance = at_random(key_prune, params, whole, pruned)
         outputs = (net.apply({**params, "mixture": each}, task.query.x) for each in (whole, pruned, by_chance))
-        moved = sum(jnp.abs(a["ops"] - b["ops"]).sum() for a, b in zip(nodes(whole), nodes(start), strict=True)) / 18
         size = jm.sparse_size(params, temperature=COLDEST, threshold=TEST_THRESHOLD)
-        return jnp.stack([jm.accuracy(y, task.query.y) for y in outputs]), size, moved
+        return jnp.stack([jm.accuracy(y, task.query.y) for y in outputs]), size, far(theta.params["alpha"], params["alpha"])
 
-    key = jax.random.fold_in(jax.random.key(seed), PRUNE_KEY)
-    rows = [one(each) for each in jax.random.split(key, EPISODES)]
-    scores, sizes, moves = (np.array([np.asarray(row[column]) for row in rows]) for column in range(3))
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), PRUNE_KEY), EPISODES)
+    rows = [jax.device_get(one(each, theta, problem.test.data)) for each in keys]
+    scores, sizes = (np.array([row[column] for row in rows]) for column in range(2))
+    moves = {name: [float(row[2][name]) for row in rows] for name in rows[0][2]}
     whole = sum(leaf.size for leaf in jax.tree.leaves(theta.params["w"]))
     names = ("unpruned", "pruned", "at random")
     return {
@@ -179,10 +284,47 @@ def prunings(problem: Problem, theta: jm.Theta, seed: int) -> dict[str, Any]:
         "pruned - unpruned": interval(scores[:, 1] - scores[:, 0]),
         "pruned - at random": interval(scores[:, 1] - scores[:, 2]),
         "parameters": {"all": whole, "mean": float(sizes.mean()), "least": int(sizes.min()), "most": int(sizes.max())},
-        "moved within a task": [float(moves.mean()), float(moves.min()), float(moves.max())],
-        "moved at most": 2.0,
+        "moved within a task": {name: [statistics.mean(own), min(own), max(own)] for name, own in moves.items()},
         "episodes": EPISODES,
     }
+
+
+def far(start: Any, end: Any) -> dict[str, jax.Array]:
+    """How far alphas are apart.
+
+    The weights of operations and of pairs of inputs at the coldest temperature, summed, 2 at most, mean over edges and nodes; the
+    logits, mean; and the share of edges whose largest operation is another.
+    """
+    before, after = ([node for kind in ("normal", "reduce") for node in each[kind].values()] for each in (start, end))
+
+    def gap(name: str) -> jax.Array:
+        softmax = [[jax.nn.softmax(node[name] / COLDEST) for node in each] for each in (before, after)]
+        return jnp.concatenate([jnp.abs(a - b).sum(-1).ravel() for a, b in zip(*softmax, strict=True)]).mean()
+
+    changed = [(a["ops"].argmax(-1) != b["ops"].argmax(-1)).ravel() for a, b in zip(before, after, strict=True)]
+    logits = [jnp.abs(a - b).ravel() for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(end), strict=True)]
+    return {
+        "operations": gap("ops"),
+        "pairs": gap("pairs"),
+        "logits": jnp.concatenate(logits).mean(),
+        "edges with another operation": jnp.concatenate(changed).mean(),
+    }
+
+
+def for_good(problem: Problem, work: Work, theta: jm.Theta, rate: float, seed: int) -> dict[str, Any]:
+    """What is left once operations that weigh next to nothing are cut out of the meta-model: sizes, work, time and accuracy."""
+    space = jm.promising(theta.params, threshold=TRAIN_THRESHOLD, temperature=COLDEST)
+    large, less = (searched(supernet(work, each), rate) for each in (None, space))
+    found, task = {}, problem.test.draw(jax.random.key(0))
+    for name, learner, at in (("whole", large, theta), ("cut", less, jm.shrink(theta, less, space))):
+        score = scored(learner, problem, at, seed)
+        found[name] = {
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(at.params["w"])),
+            "operations": operations(lambda at, learner=learner: learner.adapt(jax.random.key(0), at, task.support), at),
+            "adaptation_seconds": seconds_to_adapt(learner, problem, at),
+            "test": [score.mean, score.interval],
+        }
+    return found
 
 
 def nodes(mixed: dict[str, Any]) -> list[dict[str, jax.Array]]:
@@ -212,60 +354,81 @@ def at_random(key: jax.Array, params: Any, whole: Any, pruned: Any) -> dict[str,
     }
 
 
-def pictures(problem: Problem, theta: jm.Theta, start: jm.Theta, seed: int, folder: Path, path: Path) -> dict[str, Any]:
+def pictures(problem: Problem, work: Work, theta: jm.Theta, rate: float, seed: int, folder: Path, path: Path) -> dict[str, Any]:
     """Draws the cells of the meta-model and of two tasks and the alphas over meta-training; says how far these went."""
-    _, learner = learners("metanas", problem.shape, 2)
+    learner = searched(supernet(work), rate)
     found = {"meta-model": jm.genotype(theta.params)}
     for number, key in enumerate(jax.random.split(jax.random.fold_in(jax.random.key(seed), PRUNE_KEY)), 1):
-        support = problem.test.sample(key, problem.test.data).support
+        support = problem.test.draw(key).support
         found[f"task {number}"] = jm.genotype(jax.jit(learner.adapt)(key, theta, support).params)
     plot.cells({name: own._asdict() for name, own in found.items()}, path.with_name(f"{path.stem}-cells.png"))
     plot.shares(folder / "metrics.jsonl", path.with_name(f"{path.stem}-alphas.png"))
-    before, after = (nodes(mixture(each.params["alpha"], COLDEST)) for each in (start, theta))
-    moved = sum(float(jnp.abs(a["ops"] - b["ops"]).sum()) for a, b in zip(before, after, strict=True)) / 18
+    start = learner.init(jax.random.fold_in(jax.random.key(seed), TRAIN_KEY))
+    moved = {name: float(each) for name, each in far(start.params["alpha"], theta.params["alpha"]).items()}
     return {"genotypes": {name: own._asdict() for name, own in found.items()}, "moved over meta-training": moved}
 
 
-def compare(name: str, seed: int, asked: argparse.Namespace) -> None:
+def compare(work: Work, seed: int, asked: argparse.Namespace) -> None:
     """Trains all, tests all, and writes what was found after each."""
-    path = RESULTS / f"{name}-{asked.steps}-seed{seed}.json"
-    found = json.loads(path.read_text()) if path.exists() else {"machine": machine(), "seed": seed, "meta_steps": asked.steps}
-    problem, runs = make_problem(name, seed), asked.runs / str(asked.steps) / f"{name}-seed{seed}"
-    found |= {"norm": "batch", "episodes": EPISODES, "networks": found.get("networks", {})}
-    theta = train("metanas", problem, seed, asked, runs / "metanas")
+    path, rate_of = RESULTS / f"{work}-seed{seed}.json", chosen(work)
+    found = json.loads(path.read_text()) if path.exists() else {"machine": machine(), "seed": seed, "networks": {}}
+    problem, runs, rate = make_problem(work, seed), asked.runs / f"{work}-seed{seed}", rate_of("metanas")
+    found |= {"norm": "batch", "episodes": EPISODES, **dataclasses.asdict(work), **constants()}
+    theta = train("metanas", problem, work, rate, work.channels, seed, runs / "metanas")
+    if "pruning" not in found:
+        found |= {"pruning": prunings(problem, work, theta, rate, seed), "cut for good": for_good(problem, work, theta, rate, seed)}
+        found |= pictures(problem, work, theta, rate, seed, runs / "metanas", path)
+        write_json(path, found)
+        print({name: found[name] for name in ("pruning", "cut for good", "moved over meta-training")}, flush=True)
     own = runs / "genotype.json"
     if not own.exists():
         jm.save_genotype(own, jm.genotype(theta.params))
-    for network in ("conv4", "metanas-omniglot-v2", "metanas-mini-imagenet-v2", str(own), "metanas"):
-        label = Path(network).stem if network == str(own) else network
+    for name in ("metanas", "conv4", *PUBLISHED, str(own)):
+        label, each = Path(name).stem if name == str(own) else name, rate_of(name)
         if label in found["networks"]:
             continue
-        theta = train(network, problem, seed, asked, runs / label)
-        valid, (test, seconds) = tested(network, problem, theta, seed, True)[0], tested(network, problem, theta, seed, False)
-        size = sum(leaf.size for leaf in jax.tree.leaves(theta.params.get("w", theta.params)))
-        figures = {"parameters": size, "adaptation_seconds": seconds}
+        width = work.channels if name == "metanas" else width_of(name, work, found["pruning"]["parameters"]["mean"])
+        trained, learner = train(name, problem, work, each, width, seed, runs / label), learners(name, work, each, width)[1]
+        valid, test = (scored(learner, problem, trained, seed, valid=which) for which in (True, False))
         found["networks"][label] = {
-            name: [score.mean, score.interval] for name, score in (("valid", valid), ("test", test))
-        } | figures
+            "inner_rate": each,
+            "width": width,
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(trained.params.get("w", trained.params))),
+            "adaptation_seconds": seconds_to_adapt(learner, problem, trained),
+            "valid": [valid.mean, valid.interval],
+            "test": [test.mean, test.interval],
+        }
         np.save(runs / f"{label}-test.npy", test.each)
         write_json(path, found)
-        print(f"{name}, seed {seed}, {label}: {test}", flush=True)
-    if "pruning" not in found:
-        start = learners("metanas", problem.shape, 2)[0].init(jax.random.fold_in(jax.random.key(seed), TRAIN_KEY))
-        found |= {"pruning": prunings(problem, theta, seed), **pictures(problem, theta, start, seed, runs / "metanas", path)}
-        each = {label: np.load(runs / f"{label}-test.npy") for label in found["networks"]}
-        derived = max(set(each) - {"conv4", "metanas"}, key=lambda label: found["networks"][label]["valid"][0])
-        gains = {label: interval(each["metanas"] - each[label]) for label in ("conv4", derived)}
-        write_json(path, {**found, "gain": gains})
-        print(found["pruning"], gains, flush=True)
+        print(f"{work}, seed {seed}, {label}: {test}", flush=True)
+    conclude(work, found, {label: np.load(runs / f"{label}-test.npy") for label in found["networks"]})
+    write_json(path, found)
+    print(found["gain"], found["void"], flush=True)
+
+
+def conclude(work: Work, found: dict[str, Any], each: dict[str, np.ndarray]) -> None:
+    """Adds what MetaNAS gains over conv4 and over the derived network that is best by validation, and whether it counts."""
+    derived = max(set(each) - {"conv4", "metanas"}, key=lambda label: found["networks"][label]["valid"][0])
+    found["gain"] = {label: interval(each["metanas"] - each[label]) for label in ("conv4", derived)}
+    conv4 = found["networks"]["conv4"]["test"][0]
+    reasons = {
+        f"conv4 has {conv4:.3f}, below {LEAST}": work.name == "omniglot-5w1s" and conv4 < LEAST,
+        f"fewer than {LEAST_STEPS} meta-steps": work.steps < LEAST_STEPS,
+        f"fewer than {LEAST_CHANNELS} channels": work.channels < LEAST_CHANNELS,
+    }
+    found["void"] = [reason for reason, holds in reasons.items() if holds]
 
 
 def main() -> None:
     """One data set, some seeds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=["omniglot-5w1s", "caltech-5w1s"])
+    parser.add_argument("name", choices=["omniglot-5w1s", "omniglot-20w1s", "caltech-5w1s", "caltech84-5w1s"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--steps", type=int, default=3000, help="meta-steps, of which the first half leaves the alphas")
+    parser.add_argument("--channels", type=int, default=8, help="of the supernet")
+    parser.add_argument("--cells", type=int, default=4)
+    parser.add_argument("--reductions", type=int, nargs="*", default=[0, 2], help="numbers of the cells that halve the map")
+    parser.add_argument("--choose", action="store_true", help="score inner rates, which the other calls then take")
     parser.add_argument("--runs", type=Path, default=Path("runs") / "metanas")
     asked = parser.parse_args()
     if asked.name.startswith("caltech") and caltech() is None:
@@ -273,8 +436,11 @@ def main() -> None:
     jm.use_cores()
     jm.use_cache()
     RESULTS.mkdir(parents=True, exist_ok=True)
+    work = Work(asked.name, asked.cells, asked.channels, tuple(asked.reductions), asked.steps)
+    if asked.choose:
+        return choose(work, asked.runs)
     for seed in asked.seeds:
-        compare(asked.name, seed, asked)
+        compare(work, seed, asked)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python benchmarks/metanas_speed.py [--channels 8] [--tasks 2] [--turns 5] [--repeats 5] [--out results/metanas_speed.json]
 
-Before anything is timed, both take the meta-step in float64 and must agree. Needs PyTorch.
+Both on the CPU. Before anything is timed, both take the meta-step in float64 and must agree. Needs PyTorch.
 """
 
 import argparse
@@ -122,16 +122,14 @@ def main() -> None:
     for name, default in {"channels": 8, "cells": 4, "shots": 2, "tasks": 2, "turns": 5, "repeats": 5, "seed": 0}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--reductions", type=int, nargs="*", default=[0, 2])
-    parser.add_argument("--platform")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "metanas_speed.json")
     parser.add_argument("--serve", choices=NAMES, help=argparse.SUPPRESS)
     parser.add_argument("--wide", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        if args.platform:
-            jax.config.update("jax_platforms", args.platform)
+        jax.config.update("jax_platforms", "cpu")
         return serve(args)
-    machine, found = begin(args.platform, args.out)
+    machine, found = begin("cpu", args.out)
     gap = disagreement(args)
     print(f"largest difference in float64: {gap:.1e} of the inner rate", flush=True)
     if not gap <= AGREE:
@@ -146,7 +144,7 @@ def main() -> None:
     medians = {name: float(np.median(own)) for name, own in seconds.items()}
     ratio = medians["torch loop"] / medians["jmeta"]
     firsts = {name: first for name, (_, first) in started.items()}
-    hidden = ("out", "platform", "serve", "wide")
+    hidden = ("out", "serve", "wide")
     about = {name: value for name, value in vars(args).items() if name not in hidden}
     row = {"seconds": seconds, "medians": medians, "ratio": ratio, "first_call_seconds": firsts, "difference_float64": gap}
     found[f"c{args.channels}"] = {**row, "machine": machine, "work": about}

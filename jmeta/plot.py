@@ -211,23 +211,25 @@ def _arrow(axes: Any, start: tuple[float, float], end: tuple[float, float], bend
 
 
 def shares(metrics: Path, path: Path) -> None:
-    """Draws what each operation weighs in each kind of cell over meta-training.
+    """Draws what each operation weighs in each kind of cell over meta-training, and how far edges and nodes have chosen.
 
     Args:
-      metrics: a run's `metrics.jsonl`, with columns such as "normal/conv_3x3".
+      metrics: a run's `metrics.jsonl`, with columns such as "normal/conv_3x3" and "largest operation/normal".
       path: the PNG to write.
     """
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    kinds = KINDS
-    columns = [name for name in rows[0] if name.split("/")[0] in kinds]
-    figure, panels = _figure(12, 4, ncols=max(1, len(kinds)), squeeze=False)
-    for axes, kind in zip(panels[0], kinds, strict=False):
-        for name in columns:
-            if name.startswith(f"{kind}/"):
-                axes.plot([row["step"] for row in rows], [row[name] for row in rows], label=name.split("/")[1])
-        axes.set(xlabel="meta-steps", ylabel="weight, mean over edges", title=f"{kind} cells")
+    figure, panels = _figure(17, 4, ncols=3)
+    titles = {f"{kind}/": f"{kind} cells, means over edges" for kind in KINDS} | {
+        "largest": "the largest of each edge or node, means"
+    }
+    for axes, (start, title) in zip(panels, titles.items(), strict=True):
+        for name in [name for name in rows[0] if name.startswith(start)] if rows else ():
+            label = name if start == "largest" else name.split("/")[1]
+            axes.plot([row["step"] for row in rows], [row[name] for row in rows], label=label)
+        axes.set(xlabel="meta-steps", ylabel="weight", title=title)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
+        if rows:
+            axes.legend(fontsize=7)
     figure.savefig(path, dpi=120)
 
 

@@ -15,7 +15,6 @@ import torch.nn.functional as F  # pyright: ignore[reportMissingImports]
 from jmeta.architecture import KINDS, PRIMITIVES, pairs_of
 
 EPSILON = 1e-5
-CONVOLVED = {"conv_1x5_5x1": ("row", "column"), "conv_3x3": ("depth", "point"), "dil_conv_3x3": ("depth", "point")}
 
 
 def to_tensors(params: Any, nodes: int) -> dict[str, Any]:
