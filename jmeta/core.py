@@ -281,6 +281,15 @@ def chain(*parts: Rule | optax.GradientTransformation) -> Rule:
     return Rule("chain", init, reset, gate, both, phase, meta, clears, private, tuple(rules))
 
 
+def reset_alone(rule: Rule, key: Array, params: Params, support: Any, hyper: Any) -> Params:
+    """The resets of those parts of a chain alone whose changes are one task's own (`Rule.private`), by the keys of its reset."""
+    parts = list(rule.parts or ())
+    for name, part in zip(_names(parts), parts, strict=True):
+        if part.private:
+            params = part.reset(_key_for(key, name), params, support, hyper=_own(hyper, name))
+    return params
+
+
 class Theta(NamedTuple):
     """What is carried between tasks. A gradient learner adapted to a task (`phi`) is again a `Theta`.
 

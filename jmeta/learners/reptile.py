@@ -7,18 +7,18 @@ References:
   Nichol, Achiam, Schulman, On First-Order Meta-Learning Algorithms, 2018 (https://arxiv.org/abs/1803.02999), algorithm 2 and
   section 6: an inner Adam without momentum whose state goes on from task to task; with and without transduction.
 
-Differs from the paper in: the state that goes on is the mean over the tasks of a meta-batch, which run in parallel; the
-paper's code hands it from one task to the next.
+Differs from the paper in: the state that goes on is the mean over the tasks of a meta-batch, which run in parallel; the paper's
+code hands it from one task to the next. `jmeta.minibatches` draws each batch anew, where the code goes through a shuffled support
+set; and a transductive test predicts the queries together, where the code adds the support set to them.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jmeta.core import Data, MetaLearner, Model, Rule, Theta, chain, evaluate_loss, inner_loop, memoise
+from jmeta.core import Data, MetaLearner, Model, Rule, Theta, chain, evaluate_loss, inner_loop, memoise, reset_alone
 from jmeta.learners.maml import warn_of_unlearned
 from jmeta.losses import measure
 
@@ -86,8 +86,8 @@ def reptile(
         phi, _ = loop.follow(key_follow, begun, task.support)
         outputs = loop.predict(phi, task.query.x)
         value = evaluate_loss(loss, outputs, task.query)
-        start: Any = begun if rule.private else theta  # what a rule takes from one task alone is no way that was gone
-        moved = jax.tree.map(jnp.subtract, start.params, phi.params)
+        start = reset_alone(rule, key_reset, theta.params, task.support, theta.hyper)  # what one task alone loses is no way gone
+        moved = jax.tree.map(jnp.subtract, start, phi.params)
         gradient = Theta(moved, jax.tree.map(jnp.zeros_like, theta.hyper))
         base = theta._replace(memory={**theta.memory, "state": phi.memory["state"]}) if carry_state else theta
         return base, rule.meta(gradient, theta, phi), {"loss": value, **measure(outputs, task.query.y, task.query.mask)}

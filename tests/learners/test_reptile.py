@@ -89,6 +89,17 @@ def test_channels_that_one_task_silences_stay_for_the_others(key):
     np.testing.assert_array_equal(np.asarray(moved)[np.asarray(scale) == 0], 0)
 
 
+def test_a_reset_beside_one_tasks_silence_is_a_way_gone_all_the_same(key):
+    """A head drawn anew is moved to from theta's, whether or not another part of the rule silences channels for the task."""
+    rule = jm.chain(jm.zap("head"), jm.route(0.5, where="forward", refresh="task"), optax.sgd(0.1))
+    learner = jm.reptile(toys.normed(), jm.xent, rule, jm.repeat(2))
+    theta = learner.init(key)
+    phi, moved = learner.adapt(key, theta, toys.blobs().sample(key, ()).support).params, _grad(key, learner)[1].params
+    chex.assert_trees_all_close(moved["head"], jax.tree.map(jnp.subtract, theta.params["head"], phi["head"]), atol=1e-6)
+    silent = np.asarray(phi["layer1"]["norm"]["scale"]) == 0
+    assert silent.sum() == 4 and not np.asarray(moved["layer1"]["norm"]["scale"])[silent].any()
+
+
 def test_it_warns_of_meta_parameters(key):
     learner = jm.reptile(toys.net(), jm.xent, jm.learned_rates(0.1), jm.repeat(2))
     with pytest.warns(UserWarning, match="reptile: the meta-parameters of learned_rates stay as they start"):
