@@ -272,6 +272,91 @@ def gains() -> str:
     return "\n".join(lines)
 
 
+def pretraining_rates() -> str:
+    """How each method's rates of pre-training were chosen: a row for each pair, the best of a method in bold."""
+    lines = _head(("method", "width", "inner rate", "outer rate", "frozen", "unfrozen", "mean"))
+    for path in sorted((RESULTS / "zapping").glob("rates-*.json")):
+        found = json.loads(path.read_text())
+        for method in (each for each in ZAPPED if each in found):
+            best = max(row["score"] or 0 for row in found[method].values())
+            for rates, row in found[method].items():
+                inner, outer = rates.split() if " " in rates else ("-", rates)
+                cells = [f"{row['of'][setting]:.3f}" if row["of"] else "diverged" for setting in ("frozen", "unfrozen")]
+                score = "falls again" if row["score"] is None else f"{'**' * (row['score'] == best)}{row['score']:.3f}"
+                score += "**" * (row["score"] == best)
+                lines.append(
+                    f"| {ZAPPED[method]} | {path.stem.split('-')[1]} | {inner} | {outer} | {' | '.join(cells)} | {score} |"
+                )
+    return "\n".join(lines)
+
+
+def nrml() -> str:
+    """Routing against MAML: a row for each set and method, a cell with each seed's accuracy, and the paired gains of NRML."""
+    rows = defaultdict(list)
+    for path in sorted((RESULTS / "nrml").glob("*w*s-*-seed*.json")):
+        rows[path.stem.rpartition("-seed")[0]].append(json.loads(path.read_text()))
+    lines = _head(
+        ("set", "meta-steps of tasks", "method", "inner rate", "channels", "accuracy, each seed", "NRML's gain in points")
+    )
+    for name, results in rows.items():
+        results.sort(key=lambda result: result["seed"])
+        steps = f"{results[0]['meta_steps']:,} of {results[0]['batch']}"
+        for method in ("nrml", "fonrml", "maml", "fomaml"):
+            own = [result[method] for result in results]
+            cells = ", ".join(f"{100 * each['accuracy'][0]:.1f} ± {100 * each['accuracy'][1]:.1f}" for each in own)
+            pairs = [result["gain"].get(f"nrml - {method}") for result in results]
+            gains = ", ".join(f"{100 * pair[0]:+.1f} ± {100 * pair[1]:.1f}" for pair in pairs if pair) or "-"
+            channels = f"{own[0]['keep']} ({own[0]['where']})" if method.endswith("nrml") else "all"
+            first = f"{name.rpartition('-')[0]} | {steps} | {NAMES.get(method, method.upper())} | x {own[0]['rate']:g} | {channels}"
+            lines.append(f"| {first} | {cells} | {gains} |")
+    return "\n".join(lines)
+
+
+def overlap() -> str:
+    """How far tasks of NRML agree on their channels: a row for each run, means over alphabets."""
+    kinds = ("same classes", "same group", "other groups", "same minus other groups")
+    lines = _head(("set", "method", "seed", *kinds, "by chance"))
+    for path in sorted((RESULTS / "nrml").glob("omniglot-*-seed*.json")):
+        found = json.loads(path.read_text())
+        for method in (each for each in ("nrml", "fonrml") if "routing" in found.get(each, {})):
+            routing = found[method]["routing"]
+            cells = [f"{routing[kind][0]:.3f} ± {routing[kind][1]:.3f}" for kind in kinds]
+            name = "-".join(path.stem.split("-")[:2])
+            lines.append(f"| {name} | {method.upper()} | {found['seed']} | {' | '.join(cells)} | {routing['chance']:.3f} |")
+    return "\n".join(lines)
+
+
+def pruned() -> str:
+    """Half of the channels of conv4 cut, trained with and without slimming: a row for each network."""
+    lines = _head(("slimming", "seed", "network", "parameters", "operations, x 1e6", "ms a task", "accuracy"))
+    for path in sorted((RESULTS / "nrml").glob("prune-*-seed*.json")):
+        found = json.loads(path.read_text())
+        for strength, row in found["strengths"].items():
+            for name, own in row["networks"].items():
+                size = f"{own['parameters']:,} | {own['operations'] / 1e6:.0f} | {1e3 * own['seconds']:.2f}"
+                score = f"{100 * own['accuracy'][0]:.1f} ± {100 * own['accuracy'][1]:.1f}"
+                lines.append(f"| {strength} | {found['seed']} | {name} | {size} | {score} |")
+    return "\n".join(lines)
+
+
+def metanas() -> str:
+    """MetaNAS beside fixed networks: a row for each network and seed."""
+    lines = _head(("set", "seed", "network", "width", "parameters", "inner rate", "ms to adapt", "accuracy", "MetaNAS' gain"))
+    for path in sorted((RESULTS / "metanas").glob("*-seed*.json")):
+        found = json.loads(path.read_text())
+        for name, own in found["networks"].items():
+            size = f"{own['parameters']:,}"
+            if name == "metanas":
+                size += f", {found['pruning']['parameters']['mean']:,.0f} a task"
+            gain = found["gain"].get(name)
+            cells = [str(own["width"]), size, f"{own['inner_rate']:g}", f"{1e3 * own['adaptation_seconds']:.0f}"]
+            cells += [f"{100 * own['test'][0]:.1f} ± {100 * own['test'][1]:.1f}"]
+            cells += [f"{100 * gain[0]:+.1f} ± {100 * gain[1]:.1f}" if gain else "-"]
+            void = f" (void: {', '.join(found['void'])})" if found["void"] else ""
+            lines.append(f"| {found['name']}{void} | {found['seed']} | {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _zapped(methods: list[str]) -> dict[tuple[int, str, int], list[dict]]:
     """Results of `zapping.py` by width, method and steps, in that order."""
     groups = defaultdict(list)
@@ -327,10 +412,15 @@ def fill(text: str) -> str:
         frozen,
         lambda_patterns,
         one_step,
+        pretraining_rates,
         zapping,
         references,
         gains,
         plasticity,
+        nrml,
+        overlap,
+        pruned,
+        metanas,
     ):
         mark = f"<!-- table: {make.__name__} -->"
         if mark in text:

@@ -124,9 +124,9 @@ def choose(asked: argparse.Namespace) -> None:
             config = configuration(method, asked, CHOICE_SEED, rates)
             tests = [Test(setting, CHOICE_CLASSES, asked.draws, SETTINGS[setting]) for setting in ("frozen", "unfrozen")]
             result = json.loads(measure(f"{method} {title(rates)}", config, tests, asked.runs, RESULTS / "choice").read_text())
-            best = [max(mean for mean, _ in each["tried"].values()) for each in result["settings"].values()]
+            best = {each["setting"]: max(mean for mean, _ in each["tried"].values()) for each in result["settings"].values()}
             learning = bool(best) and result["training_accuracy"][-1] >= STILL_LEARNING * max(result["training_accuracy"])
-            score = statistics.mean(best) if learning else None
+            score = statistics.mean(best.values()) if learning else None
             found = json.loads(path.read_text()) if path.exists() else {}
             row = {"score": score, "of": best, "machine": result["machine"], "steps": config.steps, "seed": CHOICE_SEED}
             write_json(path, {**found, method: {**found.get(method, {}), title(rates): row}})
