@@ -13,7 +13,8 @@ import tempfile
 from pathlib import Path
 
 import jmeta as jm
-from jmeta import commands, presets
+from jmeta import presets
+from jmeta.commands import training
 
 RESULTS = Path(__file__).parent / "results" / "omniglot_5w1s"
 
@@ -37,7 +38,7 @@ def run(method: str, seed: int, steps: int, split: str, source: str | None) -> P
     name = f"{method}-omniglot-5w1s"
     config = dataclasses.replace(presets.preset(name), seed=seed, steps=steps, split=split, source=source)
     with tempfile.TemporaryDirectory() as folder:
-        done = commands.train(config, Path(folder) / "run", name=name)
+        done = training.train(config, Path(folder) / "run", name=name)
         RESULTS.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(done / "result.json", path)
     return path

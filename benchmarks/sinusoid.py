@@ -21,7 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jmeta import builders, checkpoint, commands, presets, runs
+from jmeta import builders, checkpoint, presets, runs
+from jmeta.commands import training
 
 LARGEST = 5.0  # amplitude
 OUT = Path(__file__).parent / "results" / "sinusoid.json"
@@ -45,7 +46,7 @@ def measure(name: str, seed: int, steps: int, episodes: int) -> dict:
     """Trains one seed of a preset and tests it with 5 shots."""
     config = dataclasses.replace(presets.preset(name), seed=seed, steps=steps)
     with tempfile.TemporaryDirectory() as folder:
-        done = commands.train(config, Path(folder) / "run", name=name)
+        done = training.train(config, Path(folder) / "run", name=name)
         learner, theta, _ = runs.load(done)
     problem = builders.make_problem(dataclasses.replace(config, shots=5, queries=5, test_queries=5))
 

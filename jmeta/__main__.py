@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import tyro
 
-from jmeta import checkpoint, commands, commands_compare, commands_pretrain, hosts, presets, pretrain
+from jmeta import checkpoint, hosts, presets, pretrain
 from jmeta.autotune import use_cache
+from jmeta.commands import adaptation, comparison, evaluation, listing, pictures, pretraining, training
 from jmeta.hosts import start_processes
 from jmeta.mesh import use_cores
 
@@ -79,9 +80,9 @@ def _train(args: list[str]) -> None:
         raise ValueError("train: --distributed needs --out, the same folder in every process.")
     where.begin(config)
     if isinstance(config, pretrain.Pretrain):
-        print(commands_pretrain.train(config, where.out, name=name))
+        print(pretraining.train(config, where.out, name=name))
     else:
-        _tell(commands.train(config, where.out, name=name, devices=where.devices))
+        _tell(training.train(config, where.out, name=name, devices=where.devices))
 
 
 def _resume(args: list[str]) -> None:
@@ -96,13 +97,13 @@ def _resume(args: list[str]) -> None:
         raise ValueError("train: --resume goes on in the folder of its run; it takes no --out.")
     if isinstance(config, pretrain.Pretrain):
         where.begin(config)
-        return print(commands_pretrain.train(changed, run, resume=True))
+        return print(pretraining.train(changed, run, resume=True))
     if config.outer_schedule != "constant" and changed.steps != config.steps:
         raise ValueError(f"train: the outer rate of {run} falls over {config.steps} steps, which cannot change now.")
     if where.devices is None and not where.distributed:
         where = dataclasses.replace(where, devices=checkpoint.read_run(run).get("devices", 1))
     where.begin(config)
-    _tell(commands.train(changed, run, resume=True, devices=where.devices))
+    _tell(training.train(changed, run, resume=True, devices=where.devices))
 
 
 def _tell(folder: Path) -> None:
@@ -119,9 +120,9 @@ def _parse(prog: str, args: list[str], default: Any) -> tuple[_Where, Any]:
 def main() -> None:
     """Runs one command; expected errors are printed in one line and exit with 1."""
     args = sys.argv[1:]
-    shown: dict[str, Any] = {"eval": commands.evaluate, "adapt": commands.adapt, "search": commands.search}
-    shown |= {"plot": commands.plot, "derive": commands.derive, "compare": commands_pretrain.compare}
-    silent = {"presets": commands.show_presets, "data": commands.data}
+    shown: dict[str, Any] = {"eval": evaluation.evaluate, "adapt": adaptation.adapt, "search": evaluation.search}
+    shown |= {"plot": pictures.plot, "derive": pictures.derive, "compare": pretraining.compare}
+    silent = {"presets": listing.show_presets, "data": listing.data}
     if not args or args[0] in ("-h", "--help"):
         print(USAGE)
         return
@@ -130,14 +131,14 @@ def main() -> None:
         if command == "train":
             _train(rest)
         elif command == "bench":
-            sys.exit(commands.bench(rest))
+            sys.exit(listing.bench(rest))
         elif command in shown:
             use_cores()
             use_cache()
             is_protocol = command == "eval" and any(arg.startswith("--protocol") for arg in rest)
-            function = commands_pretrain.evaluate if is_protocol else shown[command]
+            function = pretraining.evaluate if is_protocol else shown[command]
             if command == "compare" and any(arg.startswith("--learners") for arg in rest):
-                function = commands_compare.compare
+                function = comparison.compare
             print(tyro.cli(function, prog=f"jmeta {command}", args=rest))
         elif command in silent:
             tyro.cli(silent[command], prog=f"jmeta {command}", args=rest)

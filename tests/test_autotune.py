@@ -17,7 +17,8 @@ import pytest
 
 import jmeta as jm
 from jmeta import autotune as tune
-from jmeta import builders, checkpoint, commands, presets
+from jmeta import builders, checkpoint, presets
+from jmeta.commands import training
 from jmeta.train import batch_gradient
 from tests import toys
 
@@ -201,26 +202,26 @@ CONFIG = dataclasses.replace(
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_long_run_is_tuned_and_its_resumption_is_not(tmp_path, monkeypatch, capsys, measured):
-    monkeypatch.setattr(commands, "TUNED_FROM", 1)
-    monkeypatch.setattr(commands, "plot", lambda folder: None)
+    monkeypatch.setattr(training, "TUNED_FROM", 1)
+    monkeypatch.setattr(training, "plot", lambda folder: None)
     monkeypatch.setattr(tune, "_search", lambda *_: {(4, True): 0.3, (2, True): 0.1, (2, False): 0.05})
-    folder = commands.train(CONFIG, tmp_path / "run", devices=1)
+    folder = training.train(CONFIG, tmp_path / "run", devices=1)
     assert "chunk 2, scanned (measured: " in capsys.readouterr().out
     described = checkpoint.read_run(folder)
     assert described["chunk"] == 2 and described["config"]["unroll"] is False and described["config"]["chunk"] is None
-    monkeypatch.setattr(commands, "tune", lambda *_, **__: pytest.fail("it was tuned again"))
+    monkeypatch.setattr(training, "tune", lambda *_, **__: pytest.fail("it was tuned again"))
     stored = presets.from_dict(described["config"], folder)
-    commands.train(dataclasses.replace(CONFIG, steps=5), folder, resume=True)
+    training.train(dataclasses.replace(CONFIG, steps=5), folder, resume=True)
     assert checkpoint.read_run(folder)["config"] == checkpoint.plain(dataclasses.replace(stored, steps=5))
     assert checkpoint.latest(folder) == 5
     with pytest.raises(ValueError, match="different: unroll"):
-        commands.train(dataclasses.replace(CONFIG, steps=6, unroll=True), folder, resume=True)
+        training.train(dataclasses.replace(CONFIG, steps=6, unroll=True), folder, resume=True)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_short_run_is_not_tuned_and_an_older_one_goes_on(tmp_path, monkeypatch, capsys, measured):
-    monkeypatch.setattr(commands, "plot", lambda folder: None)
-    folder = commands.train(CONFIG, tmp_path / "run", devices=1)
+    monkeypatch.setattr(training, "plot", lambda folder: None)
+    folder = training.train(CONFIG, tmp_path / "run", devices=1)
     assert "chunk 4, unrolled (default" in capsys.readouterr().out and not measured
     path = folder / "run.json"
     described = json.loads(path.read_text())
@@ -228,25 +229,25 @@ def test_a_short_run_is_not_tuned_and_an_older_one_goes_on(tmp_path, monkeypatch
         del described["config"][newer]
     path.write_text(json.dumps(described))
     config = presets.from_dict(json.loads(path.read_text())["config"], folder)
-    commands.train(dataclasses.replace(config, steps=4), folder, resume=True)
+    training.train(dataclasses.replace(config, steps=4), folder, resume=True)
     assert checkpoint.latest(folder) == 4
 
 
 def test_what_is_given_is_not_tuned(monkeypatch):
-    monkeypatch.setattr(commands, "TUNED_FROM", 1)
+    monkeypatch.setattr(training, "TUNED_FROM", 1)
     seen = []
-    monkeypatch.setattr(commands, "tune", lambda *_, **options: seen.append(options) or jm.Choice(2, False, {}, "measured"))
+    monkeypatch.setattr(training, "tune", lambda *_, **options: seen.append(options) or jm.Choice(2, False, {}, "measured"))
     problem = builders.make_problem(CONFIG)
     given = dataclasses.replace(CONFIG, chunk=2, unroll=True)
-    assert commands.tuned(given, problem, None) == (given, 2) and not seen
-    commands.tuned(dataclasses.replace(CONFIG, chunk=2), problem, None)
+    assert training.tuned(given, problem, None) == (given, 2) and not seen
+    training.tuned(dataclasses.replace(CONFIG, chunk=2), problem, None)
     assert seen[0]["chunks"] == (2,) and seen[0]["unrolls"] is None
 
 
 def test_runs_of_minutes_and_less_are_not_tuned():
     def is_long(config):
         params = jax.eval_shape(builders.make_learner(config).init, jax.random.key(0)).params
-        return commands._work(config, params) >= commands.TUNED_FROM
+        return training._work(config, params) >= training.TUNED_FROM
 
     long = {name for name, config in presets.PRESETS.items() if is_long(config)}
     one_pass = {name for name, config in presets.PRESETS.items() if config.method in ("protonet", "matching", "ridge")}

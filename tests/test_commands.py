@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 import jmeta as jm
-from jmeta import builders, commands, presets
+from jmeta import builders, presets
+from jmeta.commands import adaptation, pictures, training
 
 SMALL = dataclasses.replace(
     presets.preset("metanas-glyphs-5w1s"),
@@ -32,7 +33,7 @@ SMALL = dataclasses.replace(
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return commands.train(SMALL, tmp_path_factory.mktemp("metanas") / "run")
+    return training.train(SMALL, tmp_path_factory.mktemp("metanas") / "run")
 
 
 def test_the_log_has_the_weights_of_operations(run):
@@ -41,7 +42,7 @@ def test_the_log_has_the_weights_of_operations(run):
         assert sum(value for name, value in row.items() if name.startswith(f"{kind}/")) == pytest.approx(1, abs=1e-5)
     result = json.loads((run / "result.json").read_text())
     sizes = result["task_parameters"]
-    assert 0 < sizes["least"] <= sizes["mean"] <= sizes["most"] <= sizes["all"] and sizes["tasks"] == commands.SIZED_TASKS
+    assert 0 < sizes["least"] <= sizes["mean"] <= sizes["most"] <= sizes["all"] and sizes["tasks"] == training.SIZED_TASKS
     assert result["episodes"] == 4 and len(result["by_step"]) == 1 + 2 + 1  # alpha and weights, then weights alone
 
 
@@ -58,10 +59,10 @@ def test_the_warm_up_leaves_the_alphas(run, tmp_path):
 
 
 def test_its_cells_are_drawn_and_its_architecture_is_kept(run, capsys):
-    paths = commands.plot(str(run), cells=True)
+    paths = pictures.plot(str(run), cells=True)
     assert [path.name for path in paths] == ["cells.json", "cells.png", "alphas.png"] and all(path.stat().st_size for path in paths)
     assert list(json.loads(paths[0].read_text())) == ["meta-model", "task 1", "task 2"]
-    path = commands.derive(str(run))
+    path = pictures.derive(str(run))
     assert jm.load_genotype(path) == jm.genotype(jm.load(run)[1].params)
     told = capsys.readouterr().out
     assert "parameters at the width of the supernet" in told
@@ -77,10 +78,10 @@ def test_a_derived_network_is_told_to_train_on_the_same_classes():
     config = dataclasses.replace(
         presets.preset("metanas-colour84-5w1s"), source="my pictures", classes=(6, 5, 5), without=("a b",), seed=3, filters=8
     )
-    how = commands._retraining(config, "found.json")
+    how = pictures._retraining(config, "found.json")
     data = "--source 'my pictures' --classes 6 5 5 --without 'a b' --seed 3"
     assert how == f"jmeta train reptile-colour84-5w1s {data} --genotype found.json --filters 8"
-    assert "--no-rotate" in commands._retraining(dataclasses.replace(config, dataset="omniglot", rotate=False), "found.json")
+    assert "--no-rotate" in pictures._retraining(dataclasses.replace(config, dataset="omniglot", rotate=False), "found.json")
 
 
 def test_photographs_are_adapted_to_in_colour_and_as_they_are(tmp_path, monkeypatch):
@@ -90,9 +91,9 @@ def test_photographs_are_adapted_to_in_colour_and_as_they_are(tmp_path, monkeypa
         (tmp_path / "pictures" / name).mkdir(parents=True)
         Image.new("RGB", (60, 40), colour).save(tmp_path / "pictures" / name / "0.png")
     seen = []
-    monkeypatch.setattr(commands, "predict", lambda *given: seen.append(given[2:4]) or np.full((2, 2), 0.5))
+    monkeypatch.setattr(adaptation, "predict", lambda *given: seen.append(given[2:4]) or np.full((2, 2), 0.5))
     for ink in ("auto", "dark"):
-        commands.adapt(str(tmp_path / "run"), support=str(tmp_path / "pictures"), query=str(tmp_path / "pictures"), ink=ink)
+        adaptation.adapt(str(tmp_path / "run"), support=str(tmp_path / "pictures"), query=str(tmp_path / "pictures"), ink=ink)
     for (shown, asked), first in zip(seen, (250, 5), strict=True):
         assert shown.pixels.shape == asked.shape == (2, 84, 84, 3)
         assert shown.pixels[0, 0, 0, 0] == asked[0, 0, 0, 0] == first
@@ -108,9 +109,9 @@ def test_other_runs_have_no_cells(tmp_path):
     learner = builders.make_learner(presets.Config(filters=4))
     jm.save(tmp_path / "run", presets.Config(filters=4), learner.init(jax.random.key(0)))
     with pytest.raises(ValueError, match=r"plot: .* is of method maml, which has no cells to draw; --cells is for metanas"):
-        commands.plot(str(tmp_path / "run"), cells=True)
+        pictures.plot(str(tmp_path / "run"), cells=True)
     with pytest.raises(ValueError, match=r"derive: .* is of method maml, which has no architecture to derive"):
-        commands.derive(str(tmp_path / "run"))
+        pictures.derive(str(tmp_path / "run"))
 
 
 @pytest.mark.parametrize(
@@ -133,5 +134,5 @@ def test_other_runs_have_no_cells(tmp_path):
 )
 def test_what_does_not_fit_is_refused_before_it_trains(tmp_path, changed, message):
     with pytest.raises(ValueError, match=message):
-        commands.train(dataclasses.replace(SMALL, **changed), tmp_path / "run")
+        training.train(dataclasses.replace(SMALL, **changed), tmp_path / "run")
     assert not (tmp_path / "run").exists()

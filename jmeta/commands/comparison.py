@@ -10,7 +10,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jmeta import builders, checkpoint, commands, plot, presets, runs
+from jmeta import builders, checkpoint, plot, presets, runs
+from jmeta.commands import training
+from jmeta.commands.results import TEST_KEY
 from jmeta.core import MetaLearner, Tasks, Theta
 from jmeta.evaluate.fewshot import fewshot
 from jmeta.mesh import task_mesh
@@ -89,7 +91,7 @@ def compare(
         for seed in seeds
     }
     for config in configs.values():
-        commands.check(dataclasses.replace(config, seed=seeds[0]))
+        training.check(dataclasses.replace(config, seed=seeds[0]))
     folder, rows = Path(out), []
     folder.mkdir(parents=True, exist_ok=True)
     for name, config in configs.items():
@@ -142,9 +144,9 @@ def _affordable(preset: str, config: Config, minutes: float, folder: Path) -> Co
     path, name = folder / "budget.json", f"{preset}, {minutes:g} minutes, {config.batch} tasks"
     known = json.loads(path.read_text()) if path.is_file() else {}
     if name not in known:
-        problem, mesh = builders.make_problem(config), commands.mesh_of(config, None)
+        problem, mesh = builders.make_problem(config), training.mesh_of(config, None)
         fitting = _sized(config, _fitting(config, problem, minutes))
-        tuned, chunk = commands.tuned(fitting, problem, mesh)
+        tuned, chunk = training.tuned(fitting, problem, mesh)
         tuned = dataclasses.replace(tuned, chunk=chunk)
         if tuned != fitting:
             tuned = _sized(tuned, _fitting(tuned, problem, minutes))
@@ -171,7 +173,7 @@ def _endless(config: Config, warmup: int) -> Config:
 
 def _seconds(config: Config, problem: builders.Problem) -> float:
     """Seconds of a meta-step of a run, compilation left out."""
-    learner, outer, mesh = builders.make_learner(config), builders.make_outer(config), commands.mesh_of(config, None)
+    learner, outer, mesh = builders.make_learner(config), builders.make_outer(config), training.mesh_of(config, None)
     how: dict[str, Any] = {"chunk": config.chunk, "mesh": mesh, "progress": False}
 
     def run(count: int) -> float:
@@ -191,12 +193,12 @@ def _one(name: str, config: Config, folder: Path, shift: dict[str, Tasks]) -> di
     """Trains or goes on, and measures what is not measured yet, also on tasks of other data sets."""
     _check_kept(config, folder)
     if not (folder / "result.json").is_file():
-        commands.train(config, folder, name=name, resume=(folder / "run.json").is_file())
+        training.train(config, folder, name=name, resume=(folder / "run.json").is_file())
     path, (learner, theta, _) = folder / "compared.json", runs.load(folder)
     if not path.is_file():
         checkpoint.write_json(path, {"learner": name, "shift": {}, **_measured(config, folder, learner, theta)})
     row = json.loads(path.read_text())
-    key = jax.random.fold_in(jax.random.key(config.seed), commands.TEST_KEY)
+    key = jax.random.fold_in(jax.random.key(config.seed), TEST_KEY)
     for dataset in [each for each in shift if each not in row["shift"]]:
         score = fewshot(key, learner, theta, shift[dataset], config.test_episodes, every_step=False, mesh=task_mesh())
         row["shift"][dataset] = [score.mean, score.interval]
@@ -244,7 +246,7 @@ def _one_at_a_time(config: Config, problem: builders.Problem, theta: Theta) -> d
     if config.method != "reptile":
         return {}
     learner = builders.make_learner(dataclasses.replace(config, transductive=False), config.test_steps)
-    key = jax.random.fold_in(jax.random.key(config.seed), commands.TEST_KEY)
+    key = jax.random.fold_in(jax.random.key(config.seed), TEST_KEY)
     score = fewshot(key, learner, theta, problem.test, config.test_episodes, every_step=False, mesh=task_mesh())
     return {"one_at_a_time": [score.mean, score.interval]}
 

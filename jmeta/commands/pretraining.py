@@ -23,7 +23,7 @@ NORM = "instance"
 
 
 def train(config: Pretrain, workdir: str | Path | None = None, *, name: str = "run", resume: bool = False) -> Path:
-    """Pre-trains, and learns unseen classes in sequence on frozen features; leaves a run as `jmeta.commands.train` does.
+    """Pre-trains, and learns unseen classes in sequence on frozen features; leaves a run as `jmeta.commands.training.train` does.
 
     Args:
       config: what to train.
