@@ -53,7 +53,7 @@ def main() -> None:
     seconds = time.perf_counter() - start
     row = {"machine": machine, "config": dataclasses.asdict(config), "classes": asked.classes, "draws": asked.draws}
     row |= {"seconds": seconds, "tried": {f"{rate:g}": score for rate, score in result.tried.items()}}
-    name = f"{Path(asked.run).name}, {asked.classes} classes, {len(RATES)} x {asked.draws} runs"
+    name = f"{Path(asked.run).name}, {asked.classes} classes, {len(RATES)} x {asked.draws} runs, {jax.devices()[0].device_kind}"
     write_json(asked.out, {**found, name: row})
     updates = SHOTS * asked.classes * len(RATES) * asked.draws
     print(f"{name}: {seconds:.1f} s, {updates / seconds:.0f} updates of an image a second; {result}")

@@ -2,6 +2,7 @@
 
     python benchmarks/zapping.py --choose                 first: rates of pre-training, for six methods
     python benchmarks/zapping.py --steps 9000
+    python benchmarks/zapping.py --cost                   what a step of each method takes, on a machine left alone
     python benchmarks/zapping.py --methods anml --classes 10 50 75 100 --settings frozen --seeds 0
     python benchmarks/zapping.py --filters 256 --classes 10 50 100 200 600 --draws 10 --rates .055 .01 .0055 .001 7e-4 4e-4 1e-4
 
@@ -14,13 +15,15 @@ References:
 
 Differs from the paper in: fine-tuning sees every image 10 times in batches of 32, where the released code sees it once in batches
 of 256, which for 10 classes is a single step. Rates of pre-training are chosen for this width, each method's alone, by a shorter
-one with a seed of its own and by how it learns unseen classes one after another, frozen and not; OML and ANML have their
-presets'. Rates whose training accuracy falls again meanwhile are not taken: with longer pre-training it falls to that of the
+pre-training of a seed of its own and by how that learns unseen classes one after another, frozen and not; these are other draws
+of the very classes that are reported, so that the choice has seen them. OML and ANML have their presets' rates. Rates at which
+the training accuracy on sequences falls again meanwhile are not taken: with longer pre-training it falls to that of the
 sequence's own images.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import statistics
 import sys
@@ -51,7 +54,7 @@ FINE_TUNING = {"epochs": 10, "size": 32}
 MOST_FINE_TUNED = 50  # classes: 100 take as long as all else together
 TRAIN_KEY, TEST_KEY = 0, 1  # folded into a seed's key
 _IID = ((None, 3e-3), (None, 1e-3), (None, 3e-4))
-_PLAIN = ((1e-2, 1e-3), (3e-3, 1e-3), (1e-3, 1e-3), (3e-3, 3e-3), (1e-3, 3e-3))
+_PLAIN = ((1e-2, 1e-3), (3e-3, 1e-3), (1e-3, 1e-3), (3e-3, 3e-3), (1e-3, 3e-3), (3e-3, 1e-2), (1e-3, 1e-2))
 _META = ((1e-1, 1e-3), (3e-2, 1e-3), (1e-2, 1e-3), (3e-2, 3e-3), (1e-2, 3e-3))
 CANDIDATES: dict[str, tuple[tuple[float | None, float], ...]] = {  # inner and outer rates to choose from
     "iid": _IID,
@@ -62,7 +65,8 @@ CANDIDATES: dict[str, tuple[tuple[float | None, float], ...]] = {  # inner and o
     "meta-asb-zap": _META,
 }
 CHOICE_STEPS, CHOICE_SEED, CHOICE_CLASSES = 2_500, 100, 50
-STILL_LEARNING = 0.95  # of its best training accuracy, that a pre-training of the choice must end with
+COST_STEPS, COST_TURNS = 50, 5
+STILL_LEARNING = 0.95  # of its best training accuracy, that a pre-training of the choice by sequences must end with
 
 
 class Test(NamedTuple):
@@ -104,6 +108,8 @@ def chosen(method: str, filters: int) -> tuple[float | None, float]:
     missing = [rates for rates in CANDIDATES[method] if title(rates) not in scores]
     if missing:
         sys.exit(f"the rates of {method} are not chosen yet for {filters} filters, {len(missing)} are left; run --choose first.")
+    if all(row["score"] is None for row in scores.values()):
+        sys.exit(f"no rates of {method} serve for {filters} filters: all of {', '.join(scores)} diverged or fell again.")
     return max(CANDIDATES[method], key=lambda rates: scores[title(rates)]["score"] or 0.0)
 
 
@@ -116,21 +122,27 @@ def choose(asked: argparse.Namespace) -> None:
     """Pre-trains with all rates, and scores them: mean accuracy on unseen classes, frozen and not, each at its best rate."""
     path = choice(asked.filters)
     asked = argparse.Namespace(**{**vars(asked), "steps": CHOICE_STEPS})
+    tests = [Test(setting, CHOICE_CLASSES, asked.draws, SETTINGS[setting]) for setting in ("frozen", "unfrozen")]
     for method in (method for method in asked.methods if method in CANDIDATES):
         for rates in CANDIDATES[method]:
-            found = json.loads(path.read_text()) if path.exists() else {}
-            if title(rates) in found.get(method, {}):
-                continue
             config = configuration(method, asked, CHOICE_SEED, rates)
-            tests = [Test(setting, CHOICE_CLASSES, asked.draws, SETTINGS[setting]) for setting in ("frozen", "unfrozen")]
+            how = {"steps": config.steps, "seed": CHOICE_SEED, "classes": CHOICE_CLASSES, "draws": asked.draws}
+            known = (json.loads(path.read_text()) if path.exists() else {}).get(method, {}).get(title(rates))
+            if known and {name: known.get(name) for name in how} == how:
+                continue
             result = json.loads(measure(f"{method} {title(rates)}", config, tests, asked.runs, RESULTS / "choice").read_text())
-            best = {each["setting"]: max(mean for mean, _ in each["tried"].values()) for each in result["settings"].values()}
-            learning = bool(best) and result["training_accuracy"][-1] >= STILL_LEARNING * max(result["training_accuracy"])
-            score = statistics.mean(best.values()) if learning else None
+            row = {**scored(result, method), "machine": result["machine"], **how}
             found = json.loads(path.read_text()) if path.exists() else {}
-            row = {"score": score, "of": best, "machine": result["machine"], "steps": config.steps, "seed": CHOICE_SEED}
             write_json(path, {**found, method: {**found.get(method, {}), title(rates): row}})
-            print(f"{method}, rates {title(rates)}: {score} of {best}", flush=True)
+            print(f"{method}, rates {title(rates)}: {row['score']} of {row['of']}", flush=True)
+
+
+def scored(result: dict[str, Any], method: str) -> dict[str, Any]:
+    """The score of a pre-training of the choice; None if it diverged, or fell again while it learned from sequences."""
+    best = {each["setting"]: max(mean for mean, _ in each["tried"].values()) for each in result["settings"].values()}
+    accuracy = result.get("training_accuracy", [])
+    learning = bool(best) and (method.startswith("iid") or accuracy[-1] >= STILL_LEARNING * max(accuracy))
+    return {"score": statistics.mean(best.values()) if learning else None, "of": best}
 
 
 def learn(test: Test, model: jm.Model, theta: jm.Theta, unseen: jm.Images, seed: int) -> dict[str, Any]:
@@ -208,9 +220,14 @@ def measure(method: str, config: pretrain.Pretrain, tests: Sequence[Test], runs:
     return path
 
 
-def draw(paths: Sequence[Path], tests: Sequence[Test], filters: int) -> None:
-    """Accuracy on the classes seen so far, a curve a method with bands over seeds, for the most classes of a setting."""
-    results = [json.loads(path.read_text()) for path in paths]
+def draw(steps: int | None, tests: Sequence[Test], filters: int) -> None:
+    """Accuracy on the classes seen so far, a curve a method with bands over seeds, for the most classes of a setting.
+
+    All results of the width are drawn, those of sequences if they are of so many.
+    """
+    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*-seed*.json"))]
+    results = [each for each in results if each["config"]["filters"] == filters]
+    results = [each for each in results if each["config"]["method"] == "iid" or steps in (None, each["config"]["steps"])]
     for setting in {test.setting for test in tests} - {"fine-tuned"}:
         most = max((test for test in tests if test.setting == setting), key=lambda test: test.classes)
         curves: dict[str, Any] = {}
@@ -218,9 +235,29 @@ def draw(paths: Sequence[Path], tests: Sequence[Test], filters: int) -> None:
             if found := each["settings"].get(str(most)):
                 rows = curves.setdefault(each["method"], (found["checkpoints"], []))[1]
                 rows.append(np.array(found["running"], float).mean(0))
-        picture = RESULTS / f"{setting}-{most.classes}-{filters}.png"
+        picture = RESULTS / f"{setting}-{most.classes}-{filters}-{steps or 'presets'}.png"
         stacked = {name: (places, np.array(rows)) for name, (places, rows) in curves.items()}
         plot.bands(stacked, picture, "classes learned", "accuracy on them, 95 % bands over seeds")
+
+
+def cost(asked: argparse.Namespace) -> None:
+    """Seconds of a step of each method once it is compiled, in turns, medians."""
+    runs = []
+    for method in asked.methods:
+        config = configuration(method, asked, 0)
+        images, _ = pretrain.make_images(config)
+        learner, tasks = pretrain.make_learner(config, len(images.names)), pretrain.make_tasks(config, images)
+        outer = pretrain.make_outer(config, len(images.pixels))
+        runs.append(functools.partial(jm.fit, jax.random.key(0), learner, tasks, outer, batch=1, progress=False))
+    seconds: list[list[float]] = [[] for _ in runs]
+    for turn in range(COST_TURNS + 1):  # the first compiles
+        for own, run in zip(seconds, runs, strict=True):
+            start = time.perf_counter()
+            jax.block_until_ready(run(steps=COST_STEPS).last)
+            own.extend([(time.perf_counter() - start) / COST_STEPS] * (turn > 0))
+    found = {method: statistics.median(own) for method, own in zip(asked.methods, seconds, strict=True)}
+    write_json(RESULTS / f"cost-{asked.filters}.json", {"machine": machine(), "seconds_per_step": found})
+    print(found)
 
 
 def main() -> None:
@@ -237,18 +274,22 @@ def main() -> None:
     parser.add_argument("--rates", nargs="+", type=float, help="the first learning rates; three a setting if not given")
     parser.add_argument("--runs", type=Path, default=Path("runs") / "zapping")
     parser.add_argument("--choose", action="store_true", help="score rates of pre-training, which the other calls then take")
+    parser.add_argument("--cost", action="store_true", help="time steps of the methods, in turns, on a machine left alone")
     asked = parser.parse_args()
     jm.use_cores()
     jm.use_cache()
     if asked.choose:
         return choose(asked)
+    if asked.cost:
+        return cost(asked)
     rates = {setting: tuple(asked.rates or SETTINGS[setting]) for setting in asked.settings}
     pairs = [(setting, count) for setting in asked.settings for count in asked.classes]
     pairs = [pair for pair in pairs if pair[0] != "fine-tuned" or pair[1] <= MOST_FINE_TUNED]
     tests = [Test(setting, count, asked.draws, rates[setting]) for setting, count in pairs]
     units = [(method, configuration(method, asked, seed)) for seed in asked.seeds for method in asked.methods]
-    paths = [measure(method, config, tests, asked.runs) for method, config in units]
-    draw(paths, tests, asked.filters)
+    for method, config in units:
+        measure(method, config, tests, asked.runs)
+    draw(asked.steps, tests, asked.filters)
 
 
 if __name__ == "__main__":

@@ -96,6 +96,8 @@ def _resume(args: list[str]) -> None:
     if where.out is not None:
         raise ValueError("train: --resume goes on in the folder of its run; it takes no --out.")
     if isinstance(config, pretrain.Pretrain):
+        if config.method == "iid" and config.zap and changed.steps != config.steps:
+            raise ValueError(f"train: the zaps of {run} end with its {config.steps} steps, which cannot change now.")
         where.begin(config)
         return print(pretraining.train(changed, run, resume=True))
     if config.outer_schedule != "constant" and changed.steps != config.steps:

@@ -100,7 +100,7 @@ def test_properties_of_every_rule_and_every_learner(key, name, learner):
         return learner.grad(key, theta, task, meta_step=0)
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "(reptile|imaml): the meta-parameters")
+        warnings.filterwarnings("ignore", "(reptile|imaml|asb): the meta-parameters")
         theta, keys = jax.jit(learner.init)(key), jax.random.split(key, 2)
     tasks = jax.jit(jax.vmap(toys.blobs().sample, (0, None)))(keys, ())
     one = jax.tree.map(lambda leaf: leaf[1], tasks)

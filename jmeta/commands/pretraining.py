@@ -12,7 +12,7 @@ import tyro
 
 from jmeta import checkpoint, plot, pretrain
 from jmeta.evaluate import draws as drawing
-from jmeta.evaluate.continual import RATES, Continual, continual
+from jmeta.evaluate.continual import Continual, continual
 from jmeta.evaluate.transfer import Transfer, transfer
 from jmeta.losses import xent
 from jmeta.mesh import task_mesh
@@ -67,7 +67,7 @@ def evaluate(
     method: Literal["finetune", "probe", "least_squares"] | None = None,
     epochs: int | None = None,
     draws: int = 10,
-    rates: tuple[float, ...] = RATES,
+    rates: tuple[float, ...] | None = None,
     seed: int = 0,
     devices: int | None = None,
 ) -> Path:
@@ -83,7 +83,7 @@ def evaluate(
       method: what learns in transfer: all layers (if not given), the head alone, or a head that is solved for.
       epochs: how often each image is seen in transfer; once if not given.
       draws: of classes and images; as many others choose the rate.
-      rates: learning rates to choose from.
+      rates: learning rates to choose from; those of `jmeta.continual` or `jmeta.transfer` if not given.
       seed: of the draws.
       devices: GPUs, or cores, that draws are spread over; all if not given.
 
@@ -98,8 +98,8 @@ def evaluate(
         raise ValueError(f"eval: {' and '.join(given)} is not for --protocol {protocol}.")
     config, model, _, theta = pretrain.read(run)
     unseen, key = pretrain.make_images(config)[1], jax.random.fold_in(jax.random.key(seed), TEST_KEY)
-    how: dict[str, Any] = {"classes": classes, "shots": shots, "queries": queries, "draws": draws, "rates": rates}
-    how["mesh"] = task_mesh(devices)
+    how: dict[str, Any] = {"classes": classes, "shots": shots, "queries": queries, "draws": draws, "mesh": task_mesh(devices)}
+    how |= {} if rates is None else {"rates": rates}
     about: dict[str, Any] = {"method": method or "finetune", "epochs": 1 if epochs is None else epochs}
     if protocol == "continual":
         about = {"frozen": frozen}
@@ -154,7 +154,8 @@ def _report(found: Continual | Transfer, about: dict[str, Any], path: Path) -> N
             "checkpoints": found.checkpoints,
             "running": found.running.tolist(),
         }
-        own |= {"forgetting": found.forgetting, "backward": found.backward, "matrix": found.matrix.mean(0).tolist()}
+        own |= {"forgetting": found.forgetting, "backward": found.backward, "forward": found.forward}
+        own |= {"final": found.matrix[:, -1].mean(-1).tolist(), "matrix": found.matrix.mean(0).tolist()}
         found.plot(path.with_suffix(".png"))
     else:
         (mean, half), draws, own = drawing.interval(found.accuracy), len(found.accuracy), {}

@@ -23,6 +23,7 @@ from jmeta.tasks.feeds import epoch_steps, of_epoch
 from jmeta.tasks.images import Images
 
 METHODS = ("finetune", "probe", "least_squares")
+TOGETHER = 4_096  # images of all runs that an accelerator computes together
 
 
 class Transfer(NamedTuple):
@@ -109,7 +110,7 @@ def transfer(
         run = drawing.runner(_solve, model, classes, shots, queries, ridge)
     else:
         run = drawing.runner(_run, model, loss, optimizer, classes, shots, queries, method == "probe", init, epochs, size)
-    together = chunk or (1 if jax.default_backend() == "cpu" else len(rates) * select)
+    together = chunk or (1 if jax.default_backend() == "cpu" else max(1, min(len(rates) * select, TOGETHER // size)))
     shared = theta.params, drawing.on_device(images)
     measured = drawing.two_stages(
         key, run, shared, (float("nan"),) if solved else rates, draws, select, lambda found: found[0], together, mesh

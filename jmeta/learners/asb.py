@@ -19,7 +19,7 @@ import jax
 import optax
 
 from jmeta.core import Data, MetaLearner, Model, Rule, chain, evaluate_loss, inner_loop, memoise
-from jmeta.learners.maml import check_differentiable
+from jmeta.learners.maml import check_differentiable, warn_of_unlearned
 from jmeta.losses import measure
 from jmeta.rules.scale import only
 
@@ -54,6 +54,9 @@ def asb(
     Raises:
       ValueError: `order` is neither 1 nor 2, or it is 2 and the inner optimiser has no derivative at a zero gradient; or the rule
         asks for slots="zero" of an inner optimiser that goes on, of which there is none here.
+
+    Warns:
+      UserWarning: the rule has meta-parameters, such as learned rates, and `through` is False, so that nothing learns them.
 
     >>> from jmeta.losses import xent
     >>> from jmeta.models.backbones import mlp
@@ -93,7 +96,10 @@ def asb(
         (_, (phi, info)), gradient = jax.value_and_grad(value, has_aux=True)(base._replace(memory=()))
         return base._replace(memory=theta.memory), rule.meta(gradient, theta, phi), info
 
-    return MetaLearner(loop.init, loop.adapt, loop.predict, loop.curve, grad)
+    def init(key):
+        return loop.init(key) if through else warn_of_unlearned("asb", loop.init(key))
+
+    return MetaLearner(init, loop.adapt, loop.predict, loop.curve, grad)
 
 
 @memoise

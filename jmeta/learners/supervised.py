@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jmeta.core import Data, MetaLearner, Model, Theta, evaluate_loss, memoise
 from jmeta.losses import measure
+from jmeta.tasks.feeds import epochs
 
 
 def as_floats(x: jax.Array) -> jax.Array:
@@ -21,19 +22,20 @@ def as_floats(x: jax.Array) -> jax.Array:
 
 
 @memoise
-def supervised(model: Model, loss: Callable[..., jax.Array], data: Data) -> MetaLearner:
+def supervised(model: Model, loss: Callable[..., jax.Array], data: Data | None = None) -> MetaLearner:
     """Learns from one batch at each meta-step.
 
     Args:
       model: the network.
       loss: `(outputs, y) -> scalar`, or `(outputs, y, mask)` for batches with a mask.
-      data: which batch of the labelled set each meta-step sees, for instance `jm.epochs(256)`, which goes through all of
+      data: which batch of the labelled set each meta-step sees; `jm.epochs(256)` if None, which goes through all of
         `jm.labelled(images)` before it sees an example again.
 
     Returns:
       A meta-learner whose `adapt` returns theta as it is; images of uint8 are scaled to [0, 1]. Its `info` hands the step's
       batch on to outer optimisers that want it.
     """
+    batches = epochs(256) if data is None else data
 
     def predict(phi, x):
         return model.apply(phi.params, as_floats(x))
@@ -42,7 +44,7 @@ def supervised(model: Model, loss: Callable[..., jax.Array], data: Data) -> Meta
         return predict(theta, task.query.x)[None]
 
     def grad(key, theta, task, *, meta_step):
-        batch = data.at(key, task.support, meta_step, lambda x: predict(theta, x))
+        batch = batches.at(key, task.support, meta_step, lambda x: predict(theta, x))
         batch = batch._replace(x=as_floats(batch.x))
 
         def value(learned):

@@ -6,7 +6,7 @@ References:
   Beaulieu et al., Learning to Continually Learn, ECAI 2020 (https://arxiv.org/abs/2002.09571), section 3.
 
 Differs from the paper in: normalisation is "instance", which is what its code's batch norm over single images amounts to; images
-have one channel, not three equal ones.
+have one channel, not three equal ones. Its last gating map is not pooled, as in the paper's code; the code of zapping pools it.
 """
 
 import flax.linen as nn

@@ -40,13 +40,19 @@ def activity(model: Model, params: Params, x: jax.Array) -> dict[str, jax.Array]
       `{layer: [M, units]}` without the last layer; M is N, or N times the places of a map.
 
     Raises:
-      ValueError: the model has no names for its layers, or does not tell what comes into them.
+      ValueError: the model has no names for its layers, does not tell what comes into them, or they do not follow each other.
     """
     if model.inputs is None or len(model.layers) < 2:
         raise ValueError(
             "activity: the model does not tell what comes into its layers. Usual cause: a hand-made Model or one of from_nnx; give "
             "it layers=(...) in forward order and inputs=, or use from_linen."
         )
+    for name, after in itertools.pairwise(model.layers):
+        if _kernel(params[after]).shape[-2] % _units(params[name]):
+            raise ValueError(
+                f"activity: {after} does not read what {name} puts out, {_units(params[name])} units, but layers must follow each "
+                "other. Usual cause: a network of two branches, such as anml_net."
+            )
     seen = model.inputs(params, x)
     return {name: seen[after].reshape(-1, _units(params[name])) for name, after in itertools.pairwise(model.layers)}
 

@@ -1,5 +1,7 @@
 """ASB, Meta-ASB, OML and ANML on streams."""
 
+import zlib
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -54,6 +56,30 @@ def test_asb_is_an_episode_written_by_hand(key, unroll):
     loss, expected = jax.value_and_grad(lambda p: jm.xent(NET.apply(p, task.query.x), task.query.y))(after)
     chex.assert_trees_all_close((gradient.params, info["loss"]), (expected, loss), rtol=1e-5, atol=1e-6)
     assert base.memory == theta.memory and gradient.memory == ()
+
+
+def test_zapped_asb_takes_adams_step_from_where_its_sequence_ended(key):
+    """Through `fit`: the column of the class drawn anew, four steps of an image each, then one of Adam on all of them."""
+    learner, task = _asb(0.1, False), _task(key)
+    theta, adam = learner.init(key), optax.adam(1e-2)
+    tasks = jm.Tasks(lambda key, data: data, task)
+    done = jm.fit(key, learner, tasks, adam, steps=1, batch=1, theta=theta, progress=False).last.params
+    key_learn = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, 0), 0))[1]  # of the first task of the first step
+    begun = jm.zap_layer(_zap_key(key_learn), theta.params, "head", 2)
+    after = _by_hand(begun, task.support, 0.1)
+    gradient = jax.grad(lambda p: jm.xent(NET.apply(p, task.query.x), task.query.y))(after)
+    updates, _ = adam.update(gradient, adam.init(after))
+    chex.assert_trees_all_close(done, optax.apply_updates(after, updates), rtol=1e-4, atol=1e-5)
+
+
+def _zap_key(key):
+    """The key that a task's key becomes on its way to the zap of a chain."""
+    return jax.random.fold_in(jax.random.split(key)[0], zlib.crc32(b"zap"))
+
+
+def test_rates_that_nothing_learns_are_warned_of(key):
+    with pytest.warns(UserWarning, match="asb: the meta-parameters of learned_rates stay as they start"):
+        jm.asb(NET, jm.xent, jm.learned_rates(0.1), jm.one_by_one(4)).init(key)
 
 
 def test_meta_asb_differentiates_through_the_sequence(key):

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import jmeta as jm
-from jmeta.rules.dormant import activity, renew
+from jmeta.rules.dormant import activity, dormant, renew
 from tests import toys
 
 NET = toys.net()
@@ -43,6 +43,32 @@ def test_redo_renews_the_dead_unit_alone_and_changes_no_output(key):
     assert (after["layer2"]["dense"]["kernel"][3] == 0).all() and after["layer1"]["dense"]["bias"][3] == 0
     everything = jm.redo(NET, tau=1e3).reset(key, params, jm.Batch(x, None), hyper=())
     chex.assert_trees_all_equal(everything["layer1"], NET.init(key)["layer1"])
+
+
+def test_dormant_units_are_those_of_little_activity_beside_their_layers_mean():
+    """Of mean sizes 0.1, 1, 2 and 4.9, whose mean is 2, those up to tau times 2."""
+    h = jnp.array([[0.2, -1.0, 2.0, 4.9], [0.0, 1.0, -2.0, -4.9]])
+    for tau, expected in ((0.0, [0, 0, 0, 0]), (0.05, [1, 0, 0, 0]), (0.5, [1, 1, 0, 0]), (1.0, [1, 1, 1, 0])):
+        np.testing.assert_array_equal(dormant({"layer": h}, tau)["layer"], np.array(expected, bool))
+
+
+def test_utilities_and_the_choice_of_units_by_hand(key):
+    """Two steps without learning: u <- 0.9 u + 0.1 mean|h| mean|w_out|, and the least u / (1 - 0.9^age) goes."""
+    outer = jm.continual_backprop(optax.sgd(0.0), NET, replacement=0.125, maturity=1, decay=0.9)
+    params, zeros = NET.init(key), jax.tree.map(jnp.zeros_like, NET.init(key))
+    batches = [jm.Batch(jax.random.normal(jax.random.fold_in(key, step), (20, 6)), None) for step in range(2)]
+    state = outer.init(params)
+    for batch in batches:
+        updates, state = outer.update(zeros, state, params, info={"batch": batch})
+        before, params = params, cast(Any, optax.apply_updates(params, updates))
+    for name, after in (("layer1", "layer2"), ("layer2", "head")):
+        sizes = [np.abs(np.asarray(activity(NET, before, batch.x)[name])).mean(0) for batch in batches]
+        layer = before[after].get("dense", before[after])
+        outgoing = np.abs(np.asarray(layer["kernel"])).mean(1)
+        utility = 0.9 * 0.1 * sizes[0] * outgoing + 0.1 * sizes[1] * outgoing
+        gone = np.argmin(utility / (1 - 0.9**2))
+        np.testing.assert_array_equal(state.ages[name], np.where(np.arange(8) == gone, 0, 2))
+        np.testing.assert_allclose(state.utilities[name], np.where(np.arange(8) == gone, 0, utility), rtol=1e-5)
 
 
 def test_examples_that_only_fill_up_a_batch_judge_no_unit(key):
@@ -92,10 +118,16 @@ def test_half_a_unit_a_step_is_one_every_other_step_and_the_rest_is_kept(key):
         assert sorted(ages.tolist()) == [1] + [5] * 7 and fit.state.due[name] == 7 / 16
 
 
+def _branched():
+    net = jm.anml_net(3, filters=2, gate_filters=2)
+    return activity(net, net.init(jax.random.key(0)), jnp.ones((1, 28, 28, 1)))
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [
         (lambda: activity(toys.quadratic(), {"p": jnp.ones(())}, jnp.ones((1, 1))), "does not tell what comes into its layers"),
+        (lambda: _branched(), "activity: block1 does not read what gate puts out, .*Usual cause: a network of two branches"),
         (lambda: jm.redo(NET, tau=-1.0), "tau must be at least 0"),
         (lambda: jm.redo(NET).reset(jax.random.key(0), {}, None, hyper=()), "no batch to judge units by"),
         (lambda: jm.continual_backprop(optax.sgd(0.1), NET, replacement=2), "replacement must be from 0 to 1"),
