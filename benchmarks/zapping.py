@@ -148,15 +148,14 @@ def scored(result: dict[str, Any], method: str) -> dict[str, Any]:
 def learn(test: Test, model: jm.Model, theta: jm.Theta, unseen: jm.Images, seed: int) -> dict[str, Any]:
     """Unseen classes are learned: accuracy of each draw, and of the classes seen so far."""
     key = jax.random.fold_in(jax.random.key(seed), TEST_KEY)
-    how: dict[str, Any] = {"classes": test.classes, "draws": test.draws, "mesh": jm.task_mesh()}
-    start, tried, rates = time.perf_counter(), {}, test.rates
-    while rates:
-        if test.setting == "fine-tuned":
-            found = jm.transfer(key, model, jm.xent, theta, unseen, rates=rates, **FINE_TUNING, **how)
-        else:
-            found = jm.continual(key, model, jm.xent, theta, unseen, rates=rates, frozen=test.setting == "frozen", **how)
-        tried |= found.tried
-        rates = beyond(tried, FINE_RATES if test.setting == "frozen" else RATES)
+    how: dict[str, Any] = {"classes": test.classes, "draws": test.draws, "rates": test.rates, "mesh": jm.task_mesh()}
+    start, frozen = time.perf_counter(), test.setting == "frozen"
+    if test.setting == "fine-tuned":
+        found = jm.transfer(key, model, jm.xent, theta, unseen, further=RATES, **FINE_TUNING, **how)
+    else:
+        further = FINE_RATES if frozen else RATES
+        found = jm.continual(key, model, jm.xent, theta, unseen, further=further, frozen=frozen, **how)
+    tried = found.tried
     if isinstance(found, jm.Transfer):
         scores, own = found.accuracy, FINE_TUNING
     else:
@@ -167,15 +166,6 @@ def learn(test: Test, model: jm.Model, theta: jm.Theta, unseen: jm.Images, seed:
     about |= {"rate": found.rate, "edge": bool(tried) and found.rate in (min(tried), max(tried))}
     about["tried"] = {f"{rate:g}": score for rate, score in sorted(tried.items())}
     return without_nan({**about, **own, "seconds": time.perf_counter() - start})
-
-
-def beyond(tried: dict[float, tuple[float, float]], grid: tuple[float, ...]) -> tuple[float, ...]:
-    """The best rate and the next of a grid, where the best is the highest or the lowest that was tried; none otherwise."""
-    best = max(tried, key=lambda rate: tried[rate][0], default=0.0)  # none were tried where there is no choice
-    side = (best == min(tried)) - (best == max(tried)) if tried else 0
-    if best not in grid or not side or not 0 <= grid.index(best) + side < len(grid):
-        return ()
-    return best, grid[grid.index(best) + side]
 
 
 def measure(method: str, config: pretrain.Pretrain, tests: Sequence[Test], runs: Path, results: Path = RESULTS) -> Path:

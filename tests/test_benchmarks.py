@@ -54,15 +54,6 @@ def zapping(monkeypatch, tmp_path):
     return module
 
 
-def test_rates_go_on_while_the_best_is_at_an_edge(zapping):
-    grid = (1e-1, 3e-2, 1e-2, 3e-3)
-    tried = {3e-2: (0.5, 0.1), 1e-2: (0.4, 0.1)}
-    assert zapping.beyond(tried, grid) == (3e-2, 1e-1)
-    assert zapping.beyond({**tried, 1e-1: (0.3, 0.1)}, grid) == ()
-    assert zapping.beyond({1e-1: (0.5, 0.1), 3e-2: (0.4, 0.1)}, grid) == ()  # the grid ends here
-    assert zapping.beyond({2e-2: (0.5, 0.1), 1e-2: (0.4, 0.1)}, grid) == () == zapping.beyond({}, grid)
-
-
 def test_the_best_rates_are_chosen_of_those_that_go_on_learning(zapping, tmp_path):
     with pytest.raises(SystemExit, match="rates of asb are not chosen yet for 64 filters, 7 are left"):
         zapping.chosen("asb", 64)

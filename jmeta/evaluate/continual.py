@@ -131,6 +131,7 @@ def continual(
     queries: int = 5,
     frozen: bool = False,
     rates: Sequence[float] | None = None,
+    further: Sequence[float] = (),
     draws: int = 10,
     select: int | None = None,
     checkpoints: Sequence[int] | None = None,
@@ -154,6 +155,7 @@ def continual(
       queries: other images of a class, tested on.
       frozen: whether the head alone learns, on features that are computed once; its input is then fixed.
       rates: tried on `select` draws each; if None five from 1e-2 to 1e-4, or seven closer ones if frozen.
+      further: rates in order, of which the next are tried as well while the best so far is the highest or the lowest.
       draws: fresh ones that are reported.
       select: draws for the choice of the rate; as many as `draws` if None.
       checkpoints: numbers of classes after which all are tested; if None 0, 1 and ten more up to the last.
@@ -172,7 +174,9 @@ def continual(
     rates = (FROZEN_RATES if frozen else RATES) if rates is None else rates
     steps = _checkpoints(classes, checkpoints)
     drawing.check("continual", model, theta.params, images, classes, shots, queries, frozen, rates, draws, select)
-    run = drawing.runner(_run, model, loss, optimizer, classes, shots, queries, frozen, init, steps)
+    run, scout = (
+        drawing.runner(_run, model, loss, optimizer, classes, shots, queries, frozen, init, each) for each in (steps, (classes,))
+    )
     together = chunk or (1 if jax.default_backend() == "cpu" else default_chunk(theta.params, len(rates) * select))
     measured = drawing.two_stages(
         key,
@@ -184,6 +188,8 @@ def continual(
         lambda found: found[0][:, -1].mean(-1),
         together,
         mesh,
+        scout=scout,
+        further=tuple(further),
     )
     (test, train), rate, tried = measured
     return Continual(test, train, steps, rate, tried)

@@ -83,6 +83,9 @@ def two_stages(
     judge: Callable[[Any], np.ndarray],
     together: int,
     mesh: Mesh | None,
+    *,
+    scout: Callable | None = None,
+    further: Sequence[float] = (),
 ) -> tuple[Any, float, dict[float, tuple[float, float]]]:
     """Every rate on `select` draws; then the best alone on fresh draws.
 
@@ -96,22 +99,38 @@ def two_stages(
       judge: the scores `[runs]` of results with a leading axis of runs; higher is better.
       together: runs vmapped together on a device.
       mesh: devices that runs are spread over.
+      scout: what runs in the first stage, if that needs less than `run`; `judge` takes its results as well.
+      further: rates, in order, of which the next ones are tried while the best is the highest or the lowest so far.
 
     Returns:
       The results of the second stage, the rate, and for each rate its mean score in the first stage and its 95 % interval.
     """
     check_mesh(mesh)
-    program = functools.partial(_runs, run, together, mesh, replicate(shared, mesh))
+    shared, devices = replicate(shared, mesh), count_devices(mesh)
     first, second = jax.random.split(key)
-    tried, rate = {}, rates[0]
-    if len(rates) > 1:
-        keys = jnp.tile(jax.random.split(first, select), len(rates))
-        scores = judge(_padded(program, keys, jnp.repeat(jnp.array(rates), select), count_devices(mesh)))
-        by_rate = np.nan_to_num(np.asarray(scores, np.float64)).reshape(len(rates), select)
-        tried = {rate: interval(own) for rate, own in zip(rates, by_rate, strict=True)}
-        rate = max(tried, key=lambda each: tried[each][0])
-    found = _padded(program, jax.random.split(second, draws), jnp.full(draws, rate), count_devices(mesh))
-    return found, rate, tried
+    program = functools.partial(_runs, scout or run, together, mesh, shared)
+    tried, left = {}, tuple(rates) if len(rates) > 1 else ()
+    while left:
+        keys = jnp.tile(jax.random.split(first, select), len(left))
+        scores = judge(_padded(program, keys, jnp.repeat(jnp.array(left), select), devices))
+        by_rate = np.nan_to_num(np.asarray(scores, np.float64)).reshape(len(left), select)
+        tried |= {rate: interval(own) for rate, own in zip(left, by_rate, strict=True)}
+        left = beyond(tried, further)
+    rate = max(tried, key=lambda each: tried[each][0], default=rates[0])
+    program = functools.partial(_runs, run, together, mesh, shared)
+    return _padded(program, jax.random.split(second, draws), jnp.full(draws, rate), devices), rate, tried
+
+
+def beyond(tried: dict[float, tuple[float, float]], further: Sequence[float]) -> tuple[float, ...]:
+    """The next of some rates, where the best is the highest or the lowest that was tried; none otherwise.
+
+    >>> beyond({3e-2: (0.5, 0.1), 1e-2: (0.4, 0.1)}, (1e-1, 3e-2, 1e-2))
+    (0.1,)
+    """
+    best = max(tried, key=lambda rate: tried[rate][0])
+    side = (best == min(tried)) - (best == max(tried))
+    place = further.index(best) + side if side and best in further else -1
+    return (further[place],) if 0 <= place < len(further) else ()
 
 
 @functools.partial(jax.jit, static_argnums=range(3))

@@ -62,6 +62,7 @@ def transfer(
     epochs: int = 1,
     size: int = 256,
     rates: Sequence[float] = RATES,
+    further: Sequence[float] = (),
     draws: int = 10,
     select: int | None = None,
     init: Any = "he_normal",
@@ -84,7 +85,8 @@ def transfer(
       method: "finetune" moves all layers, "probe" the head alone, "least_squares" solves for the head at once.
       epochs: how often each image is seen.
       size: images of a batch.
-      rates: as for `continual`.
+      rates: tried on `select` draws each.
+      further: as for `continual`.
       draws: as for `continual`.
       select: as for `continual`.
       init: as for `continual`.
@@ -112,8 +114,9 @@ def transfer(
         run = drawing.runner(_run, model, loss, optimizer, classes, shots, queries, method == "probe", init, epochs, size)
     together = chunk or (1 if jax.default_backend() == "cpu" else max(1, min(len(rates) * select, TOGETHER // size)))
     shared = theta.params, drawing.on_device(images)
+    chosen = (float("nan"),) if solved else rates
     measured = drawing.two_stages(
-        key, run, shared, (float("nan"),) if solved else rates, draws, select, lambda found: found[0], together, mesh
+        key, run, shared, chosen, draws, select, lambda found: found[0], together, mesh, further=tuple(further)
     )
     (test, train), rate, tried = measured
     return Transfer(test, train, rate, tried)

@@ -82,6 +82,33 @@ def test_the_rate_is_chosen_on_draws_of_its_own(key):
     assert drawing.chosen(0.3, found.tried) == "rate 0.3 of 3, at the edge of what was tried"
 
 
+def test_further_rates_are_tried_while_the_best_is_at_an_edge(key):
+    """Of a score that is best at a rate of 4, from 1 and 2, and then from 4 and 8, whose next is not better."""
+    seen = []
+
+    def score(shared, key, rate):
+        jax.debug.callback(lambda rate: seen.append(float(rate)), rate)
+        return (1 / (1 + (rate - 4.0) ** 2),)
+
+    grid = (16.0, 8.0, 4.0, 2.0, 1.0)
+    how: dict = {"draws": 2, "select": 2, "judge": lambda found: found[0], "together": 1, "mesh": None, "further": grid}
+    run = drawing.runner(score)
+    _, rate, tried = drawing.two_stages(key, run, (), (1.0, 2.0), **how)
+    jax.effects_barrier()
+    assert rate == 4.0 and sorted(tried) == [1.0, 2.0, 4.0, 8.0] and seen.count(8.0) == 2 and 16.0 not in seen
+    assert sorted(drawing.two_stages(key, run, (), (16.0, 8.0), **{**how, "further": grid[:2]})[2]) == [8.0, 16.0]
+    assert drawing.two_stages(key, run, (), (2.0,), **how)[1:] == (2.0, {})  # a single one is not chosen
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_the_choice_needs_no_checkpoints(key, frozen):
+    """What the first stage measures is what the reported one would at its last checkpoint."""
+    how = {**HOW, "frozen": frozen, "draws": 2, "rates": (1e-2, 1e-3)}
+    both = [jm.continual(key, NET, jm.xent, _theta(key), _images(), checkpoints=each, **how) for each in (None, (4,))]
+    assert both[0].tried == both[1].tried and both[0].rate == both[1].rate
+    np.testing.assert_array_equal(both[0].matrix[:, -1], both[1].matrix[:, -1])
+
+
 def test_devices_and_chunks_change_nothing(key):
     images, theta = _images(), _theta(key)
 
