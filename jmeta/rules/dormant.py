@@ -13,7 +13,8 @@ References:
 
 Differs from the papers in: weights that come in are drawn as the model's own initialisation draws them. Continual backprop takes
 the contribution utility, as the released code does for CIFAR, and adds nothing to the next layer's bias, which the released code
-means to do but does not.
+means to do but does not. Under slots="zero" all that a reset changed is forgotten, biases as well, where ReDo's code forgets what
+Adam holds of kernels; a weight that was 0 and stays 0 is not changed.
 """
 
 import itertools
