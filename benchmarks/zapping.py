@@ -53,9 +53,19 @@ SETTINGS = {  # how unseen classes are learned, and the first rates to choose fr
 FINE_TUNING = {"epochs": 10, "size": 32}
 MOST_FINE_TUNED = 50  # classes: 100 take as long as all else together
 TRAIN_KEY, TEST_KEY = 0, 1  # folded into a seed's key
-_IID = ((None, 3e-3), (None, 1e-3), (None, 3e-4))
-_PLAIN = ((1e-2, 1e-3), (3e-3, 1e-3), (1e-3, 1e-3), (3e-3, 3e-3), (1e-3, 3e-3), (3e-3, 1e-2), (1e-3, 1e-2))
-_META = ((1e-1, 1e-3), (3e-2, 1e-3), (1e-2, 1e-3), (3e-2, 3e-3), (1e-2, 3e-3))
+_IID = tuple((None, outer) for outer in (1e-2, 3e-3, 1e-3, 3e-4))
+_PLAIN = (
+    (1e-2, 1e-3),
+    (3e-3, 1e-3),
+    (1e-3, 1e-3),
+    (3e-3, 3e-3),
+    (1e-3, 3e-3),
+    (3e-3, 1e-2),
+    (1e-3, 1e-2),
+    (3e-4, 1e-2),
+    (1e-3, 3e-2),
+)
+_META = ((1e-1, 1e-3), (3e-2, 1e-3), (1e-2, 1e-3), (3e-2, 3e-3), (1e-2, 3e-3), (3e-2, 1e-2), (1e-2, 1e-2))
 CANDIDATES: dict[str, tuple[tuple[float | None, float], ...]] = {  # inner and outer rates to choose from
     "iid": _IID,
     "iid-zap": _IID,
