@@ -53,7 +53,7 @@ SETTINGS = {  # how unseen classes are learned, and the first rates to choose fr
 FINE_TUNING = {"epochs": 10, "size": 32}
 MOST_FINE_TUNED = 50  # classes: 100 take as long as all else together
 TRAIN_KEY, TEST_KEY = 0, 1  # folded into a seed's key
-_IID = tuple((None, outer) for outer in (1e-2, 3e-3, 1e-3, 3e-4))
+_IID = tuple((None, outer) for outer in (3e-2, 1e-2, 3e-3, 1e-3, 3e-4))
 _PLAIN = (
     (1e-2, 1e-3),
     (3e-3, 1e-3),
