@@ -1,20 +1,13 @@
 """What the tests share."""
 
-import atexit
 import gc
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 # Most of a test's time is tracing and compilation. What a user meets differs by the compiler's effort alone, in the processes that
 # tests start as well.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers, and processes that tests start, compile the same program once
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jmeta-tests-")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
 import pytest

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import time
-from typing import Any
 
 import chex
 import jax
@@ -256,11 +255,6 @@ def test_runs_of_minutes_and_less_are_not_tuned():
     assert long == {name for name in presets.PRESETS if "omniglot" in name or "colour84" in name} - one_pass - small
 
 
-def _environment():
-    """A user's, without the cache of compiled programs that the tests share."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(("JAX_COMPILATION", "JAX_PERSISTENT"))}
-
-
 def _run(folder, *args, **environment):
     command = [
         sys.executable,
@@ -276,10 +270,11 @@ def _run(folder, *args, **environment):
         "4",
         *args,
     ]
+    without = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_COMPILATION", "JAX_PERSISTENT"))}
     return subprocess.run(
         [*command, "--out", folder.name],
         cwd=folder.parent,
-        env={**_environment(), "JMETA_CACHE_DIR": str(folder.parent / "cache"), **environment},
+        env={**without, "JMETA_CACHE_DIR": str(folder.parent / "cache"), **environment},
         capture_output=True,
         text=True,
         check=True,
@@ -307,7 +302,7 @@ def test_a_second_process_compiles_nothing(tmp_path):
 
 def test_jaxs_own_threshold_counts(tmp_path, cache):
     code = "import jax, jmeta as jm; print(jm.use_cache()); jax.numpy.ones(3) + 1"
-    environment = {**_environment(), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1000"}
+    environment = {**os.environ, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1000"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(tune._loads_again()) and not list(cache.glob("xla/*-cache"))
 
@@ -315,7 +310,7 @@ def test_jaxs_own_threshold_counts(tmp_path, cache):
 @pytest.mark.parametrize("name, value", [("JAX_COMPILATION_CACHE_DIR", "mine"), ("JAX_ENABLE_COMPILATION_CACHE", "0")])
 def test_a_cache_of_the_users_own_stays(tmp_path, name, value):
     code = "import jax, jmeta as jm; print(jm.use_cache(), jax.config.jax_compilation_cache_dir)"
-    environment = {**_environment(), name: value}
+    environment = {**os.environ, name: value}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "mine" if value == "mine" else "None"]
 
@@ -323,13 +318,8 @@ def test_a_cache_of_the_users_own_stays(tmp_path, name, value):
 def test_what_the_loader_complains_of_is_not_kept(monkeypatch, capfd):
     from jax.experimental import serialize_executable
 
-    config: Any = jax.config
-    before = config.jax_compilation_cache_dir
-    config.update("jax_compilation_cache_dir", None)
+    before = jax.config.jax_compilation_cache_dir
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(serialize_executable, "deserialize_and_load", lambda *_: os.write(2, b"Machine type doesn't match"))
-    try:
-        assert not tune._loads_again() and not jm.use_cache()
-        assert capfd.readouterr().err == "" and config.jax_compilation_cache_dir is None
-    finally:
-        config.update("jax_compilation_cache_dir", before)
+    assert not tune._loads_again() and not jm.use_cache()
+    assert capfd.readouterr().err == "" and jax.config.jax_compilation_cache_dir == before

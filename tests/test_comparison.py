@@ -20,6 +20,7 @@ TINY = dataclasses.replace(
 
 @pytest.fixture
 def tiny(monkeypatch):
+    monkeypatch.setattr(comparison, "PROBED", 0.01)
     comparing = {"inner_steps": 0, "test_steps": 0, "train_ways": 8}
     for name, changed in (("maml", {}), ("protonet", comparing), ("maml++", {"warmup": 1})):
         monkeypatch.setitem(presets.PRESETS, f"{name}-tiny", dataclasses.replace(TINY, method=name, **changed))
@@ -70,6 +71,7 @@ def test_learners_are_trained_once_and_measured(tiny, tmp_path, monkeypatch, cap
 
 
 def test_reptile_is_measured_both_ways(monkeypatch, tmp_path):
+    monkeypatch.setattr(comparison, "PROBED", 0.01)
     config = dataclasses.replace(TINY, method="reptile", outer_rate=1.0, inner_rate=1e-3)
     monkeypatch.setitem(presets.PRESETS, "reptile-tiny", config)
     (row,) = json.loads(comparison.compare(learners=("reptile",), preset="tiny", out=str(tmp_path / "all")).read_text())

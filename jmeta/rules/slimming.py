@@ -167,9 +167,9 @@ def _cut_hyper(hyper: Any, params: Params, layers: list[tuple[str, str]], kept: 
         return _cut(hyper, layers, kept) if all(jax.tree.leaves(mirrors)) else hyper
     if isinstance(hyper, dict):
         return {name: _cut_hyper(own, params, layers, kept) for name, own in hyper.items()}
-    if jnp.ndim(hyper) > 1 and jnp.shape(hyper)[-1] in {len(own) for own in kept.values()}:
+    if getattr(hyper, "ndim", 0) > 1 and hyper.shape[-1] in {len(own) for own in kept.values()}:
         raise ValueError(
-            f"prune: theta has meta-parameters of shape {jnp.shape(hyper)}, which seem to be of channels that are cut and cannot "
+            f"prune: theta has meta-parameters of shape {hyper.shape}, which seem to be of channels that are cut and cannot "
             "be cut alike. Usual cause: MAML++'s norms of each step (jmeta.step_norms), beside which the network's own scales say "
             "nothing."
         )
