@@ -77,7 +77,7 @@ def test_filters_of_a_convolution_stay_or_are_silent(key):
     seen = net.inputs(gated, support.x)
     for name, after in zip(net.layers, net.layers[1:], strict=False):
         maps = np.abs(np.asarray(seen[after])).reshape(6, -1, 4).max((0, 1))
-        np.testing.assert_array_equal(maps > 0, chosen[name])
+        assert not (maps[~chosen[name]] > 0).any() and (maps[chosen[name]] > 0).any()  # a chosen one may be dead by itself
 
 
 @pytest.mark.parametrize("score", ["abs", "signed"])
