@@ -237,7 +237,7 @@ def zapping() -> str:
     for (filters, method, steps), results in _zapped(methods).items():
         if (filters, method) == (FLOOR_FILTERS, "asb-zap") and all("frozen 10" in each["settings"] for each in results):
             mean = sum(each["settings"]["frozen 10"]["mean"] for each in results) / len(results)
-            held = "held" if mean >= FLOOR else "NOT held, so that the table counts as provisional"
+            held = "held" if mean >= FLOOR else "NOT held, so the table does not count"
             lines.append(
                 f"Floor at width {filters}, {steps:,} steps: ASB, zapped, frozen, 10 classes at least {FLOOR}: {held} ({mean:.3f})."
             )
