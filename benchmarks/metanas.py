@@ -295,7 +295,7 @@ def far(start: Any, end: Any) -> dict[str, jax.Array]:
     The weights of operations and of pairs of inputs at the coldest temperature, summed, 2 at most, mean over edges and nodes; the
     logits, mean; and the share of edges whose largest operation is another.
     """
-    before, after = ([node for kind in ("normal", "reduce") for node in each[kind].values()] for each in (start, end))
+    before, after = nodes(start), nodes(end)
 
     def gap(name: str) -> jax.Array:
         softmax = [[jax.nn.softmax(node[name] / COLDEST) for node in each] for each in (before, after)]

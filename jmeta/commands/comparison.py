@@ -164,11 +164,11 @@ def _pace(config: Config, problem: builders.Problem) -> float:
     """Seconds of a meta-step once it is compiled, the mean over those of a warm-up and the others."""
     warm = config.warmup / config.steps
     phases = {ENDLESS - 1: warm, 0: 1 - warm}
-    return sum(share * _seconds(_endless(config, warmup), problem) for warmup, share in phases.items() if share)
-
-
-def _endless(config: Config, warmup: int) -> Config:
-    return dataclasses.replace(config, steps=ENDLESS, warmup=warmup)
+    return sum(
+        share * _seconds(dataclasses.replace(config, steps=ENDLESS, warmup=warmup), problem)
+        for warmup, share in phases.items()
+        if share
+    )
 
 
 def _seconds(config: Config, problem: builders.Problem) -> float:

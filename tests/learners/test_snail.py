@@ -38,19 +38,8 @@ def test_shots_are_drawn_evenly_and_each_class_has_as_many(key):
     assert counts[0] == 0 and counts[1:].min() > 70
 
 
-def test_masked_examples_are_not_looked_at(key):
-    learner, task = _learner(), toys.blobs().sample(key, ())
-    theta, mask = learner.init(key), jnp.array([1.0, 0, 1, 0, 1, 0])
-    other = task.support.x + (1 - mask)[:, None] * 5
-    outputs = [
-        learner.predict(learner.adapt(key, theta, task.support._replace(x=x, mask=mask)), task.query.x)
-        for x in (task.support.x, other)
-    ]
-    np.testing.assert_allclose(outputs[0], outputs[1], atol=1e-6)
-
-
-@pytest.mark.parametrize("norm", ["batch", "support"])
-def test_masked_examples_are_not_in_the_statistics(key, norm):
+@pytest.mark.parametrize("norm", ["none", "batch", "support"])
+def test_masked_examples_are_not_looked_at_nor_in_the_statistics(key, norm):
     """One shot of two is left: the known part of the network is what it is for these alone, whatever the others show."""
     embedding = jm.mlp(4, hidden=(8,), shape=(6,), norm=norm)
     sizes = {"features": 4, "most_shots": 2, "attention": ((8, 8), (8, 8)), "filters": 8}
