@@ -1,7 +1,10 @@
-"""The READMEs say what the results say."""
+"""The READMEs say what the results say, and name what there is."""
 
 import importlib.util
+import re
 from pathlib import Path
+
+import jmeta as jm
 
 ROOT = Path(__file__).parents[1]
 
@@ -15,3 +18,9 @@ def test_tables_are_what_the_results_make():
     for page in table.PAGES:
         text = page.read_text()
         assert "<!-- table: speed -->" in text and table.fill(text) == text
+
+
+def test_names_exist():
+    names = set(re.findall(r"\bjm\.([A-Za-z_]\w*)", (ROOT / "README.md").read_text()))
+    assert len(names) > 50
+    assert not [name for name in names if not hasattr(jm, name)]
