@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from machine import machine  # pyright: ignore[reportMissingImports]
+from table import ZAPPED  # pyright: ignore[reportMissingImports]
 
 import jmeta as jm
 from jmeta import checkpoint, plot, pretrain
@@ -227,13 +228,14 @@ def draw(steps: int | None, tests: Sequence[Test], filters: int) -> None:
     """
     results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*-seed*.json"))]
     results = [each for each in results if each["config"]["filters"] == filters]
+    results.sort(key=lambda each: METHODS.index(each["method"]))
     results = [each for each in results if each["config"]["method"] == "iid" or steps in (None, each["config"]["steps"])]
     for setting in {test.setting for test in tests} - {"fine-tuned"}:
         most = max((test for test in tests if test.setting == setting), key=lambda test: test.classes)
         curves: dict[str, Any] = {}
         for each in results:
             if found := each["settings"].get(str(most)):
-                rows = curves.setdefault(each["method"], (found["checkpoints"], []))[1]
+                rows = curves.setdefault(ZAPPED[each["method"]], (found["checkpoints"], []))[1]
                 rows.append(np.array(found["running"], float).mean(0))
         picture = RESULTS / f"{setting}-{most.classes}-{filters}-{steps or 'presets'}.png"
         stacked = {name: (places, np.array(rows)) for name, (places, rows) in curves.items()}
