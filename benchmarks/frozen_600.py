@@ -51,7 +51,7 @@ def main() -> None:
     start = time.perf_counter()
     result = jm.continual(jax.random.key(0), model, jm.xent, theta, unseen, mesh=jm.task_mesh(), **how)
     seconds = time.perf_counter() - start
-    row = {"machine": machine, "config": dataclasses.asdict(config), "classes": asked.classes, "draws": asked.draws}
+    row = {"machine": machine, "config": dataclasses.asdict(config), "classes": asked.classes, "shots": SHOTS, "draws": asked.draws}
     row |= {"seconds": seconds, "tried": {f"{rate:g}": score for rate, score in result.tried.items()}}
     name = f"{Path(asked.run).name}, {asked.classes} classes, {len(RATES)} x {asked.draws} runs, {jax.devices()[0].device_kind}"
     write_json(asked.out, {**found, name: row})

@@ -249,6 +249,21 @@ def references() -> str:
     return _unseen(list(ZAPPED)[6:])
 
 
+def frozen_600() -> str:
+    """Hundreds of unseen classes in one compiled call, on frozen features: a row a network, the best rate by the same draws."""
+    lines = _head(("network", "classes", "runs", "updates of an image", "seconds", "best rate", "accuracy at it"))
+    for row in json.loads((RESULTS / "frozen_600.json").read_text()).values():
+        runs = len(row["tried"]) * row["draws"]
+        rate = max(row["tried"], key=lambda rate: row["tried"][rate][0])
+        mean, half = row["tried"][rate]
+        config = row["config"]
+        name = f"{ZAPPED[config['method'] + '-zap' * config['zap']]}, width {config['filters']}, seed {config['seed']}"
+        updates = runs * row["classes"] * row["shots"]
+        cells = (f"{runs}", f"{updates:,}", f"{row['seconds']:.0f}", rate, f"{mean:.3f} ± {half:.3f}")
+        lines.append(f"| {name} | {row['classes']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _unseen(methods: list[str]) -> str:
     groups = _zapped(methods)
     tests = sorted({name for results in groups.values() for each in results for name in each["settings"]}, key=_place)
@@ -436,6 +451,7 @@ def fill(text: str) -> str:
         pretraining_rates,
         zapping,
         references,
+        frozen_600,
         gains,
         plasticity,
         nrml,

@@ -93,14 +93,12 @@ def _largest(windows: jax.Array) -> jax.Array:
 @_largest.defjvp
 def _largest_jvp(primals, tangents):
     (windows,), (dwindows,) = primals, tangents
-    largest = _largest(windows)
-    places, size = _places(windows), windows.shape[2]
+    largest, places = _largest(windows), _places(windows)
     numbers = np.arange(len(places), dtype=np.min_scalar_type(len(places)))
     first = jnp.full(largest.shape, numbers[-1])
     for number, place in reversed(list(zip(numbers, places, strict=True))):
         first = jnp.where(place == largest, number, first)
-    there = first[:, :, None, :, None] == numbers.reshape(size, 1, size, 1)
-    return largest, jnp.where(there, dwindows, 0).sum((2, 4))
+    return largest, sum(jnp.where(first == number, dplace, 0) for number, dplace in zip(numbers, _places(dwindows), strict=True))
 
 
 def _places(windows: jax.Array) -> list[jax.Array]:
