@@ -105,12 +105,9 @@ class Continual(NamedTuple):
     def __str__(self) -> str:
         """The final accuracy, what was forgotten, and the rate."""
         draws, _, classes = self.matrix.shape
-        mean, half = self.final
-        lost, around = self.forgetting
-        return (
-            f"{mean:.3f} ± {half:.3f} over {classes} classes, {lost:.3f} ± {around:.3f} forgotten (95 % intervals, {draws} draws); "
-            f"{drawing.chosen(self.rate, self.tried)}"
-        )
+        forgotten = f", {drawing.shown(self.forgetting)} forgotten" if np.isfinite(self.forgetting[0]) else ""
+        about = f"({drawing.counted(draws)}); {drawing.chosen(self.rate, self.tried)}"
+        return f"{drawing.shown(self.final)} over {classes} classes{forgotten} {about}"
 
     def plot(self, path: str | Path) -> Path:
         """Draws R, the mean over draws, as an image; writes a PNG."""

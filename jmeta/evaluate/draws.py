@@ -155,6 +155,17 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return float(values.mean()), float(half)
 
 
+def shown(figure: tuple[float, float]) -> str:
+    """A mean and its half width, if it has one."""
+    mean, half = figure
+    return f"{mean:.3f}" if np.isnan(half) else f"{mean:.3f} ± {half:.3f}"
+
+
+def counted(draws: int) -> str:
+    """What is said of the draws behind figures."""
+    return f"95 % intervals, {draws} draws" if draws > 1 else "1 draw, so no interval"
+
+
 def chosen(rate: float, tried: dict[float, tuple[float, float]]) -> str:
     """What is said of a rate beside a figure."""
     if not tried:

@@ -43,8 +43,8 @@ class Transfer(NamedTuple):
 
     def __str__(self) -> str:
         """Mean accuracy with its interval over draws, and the rate."""
-        mean, half = drawing.interval(self.accuracy)
-        return f"{mean:.3f} ± {half:.3f} (95 % interval, {len(self.accuracy)} draws); {drawing.chosen(self.rate, self.tried)}"
+        about = f"({drawing.counted(len(self.accuracy))}); {drawing.chosen(self.rate, self.tried)}"
+        return f"{drawing.shown(drawing.interval(self.accuracy))} {about}"
 
 
 def transfer(

@@ -137,6 +137,16 @@ def test_figures_of_a_matrix_by_hand(tmp_path):
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
+def test_a_single_draw_has_no_interval(key):
+    """What is not known is left out of the printed line."""
+    images, theta = _images(), _theta(key)
+    how = {**HOW, "rates": [0.5], "draws": 1}
+    found = jm.continual(key, NET, jm.xent, theta, images, **how, checkpoints=[4])
+    assert str(found) == f"{found.final[0]:.3f} over 4 classes (1 draw, so no interval); rate 0.5"
+    fine = jm.transfer(key, NET, jm.xent, theta, images, **how)
+    assert str(fine) == f"{fine.accuracy.mean():.3f} (1 draw, so no interval); rate 0.5"
+
+
 @pytest.mark.parametrize("method", ["finetune", "probe", "least_squares"])
 def test_transfer_learns_classes_apart(key, method):
     images, theta = _images(noise=5), _theta(key)
