@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 NAMES = {"maml": "MAML", "fomaml": "FOMAML", "anil": "ANIL", "meta-sgd": "Meta-SGD", "boil": "BOIL", "sparse": "sparse-MAML"}
+NAMES |= {"nrml": "NRML", "fonrml": "FONRML"}
 ZAPPED = {"iid": "i.i.d.", "iid-zap": "i.i.d., zapped", "asb": "ASB", "asb-zap": "ASB, zapped"}
 FLOOR, FLOOR_FILTERS = 0.85, 64  # of ASB, zapped, frozen, 10 classes, without which the table of zapping does not count
 ZAPPED |= {"meta-asb": "Meta-ASB", "meta-asb-zap": "Meta-ASB, zapped", "oml": "OML", "anml": "ANML"}
@@ -257,7 +258,8 @@ def frozen_600() -> str:
         rate = max(row["tried"], key=lambda rate: row["tried"][rate][0])
         mean, half = row["tried"][rate]
         config = row["config"]
-        name = f"{ZAPPED[config['method'] + '-zap' * config['zap']]}, width {config['filters']}, seed {config['seed']}"
+        method = config["method"] + "-zap" * config["zap"]
+        name = f"{ZAPPED.get(method, ZAPPED[config['method']])}, width {config['filters']}, seed {config['seed']}"
         updates = runs * row["classes"] * row["shots"]
         cells = (f"{runs}", f"{updates:,}", f"{row['seconds']:.0f}", rate, f"{mean:.3f} ± {half:.3f}")
         lines.append(f"| {name} | {row['classes']} | {' | '.join(cells)} |")
@@ -319,6 +321,22 @@ def pretraining_rates() -> str:
     return "\n".join(lines)
 
 
+def nrml_choice() -> str:
+    """What was tried on validation classes: a row for each way, the best of a method in bold, then what was changed of the best."""
+    lines = _head(("method", "meta-steps", "channels", "inner rate", "change", "accuracy"))
+    for path in [path for kind in ("choice", "attempts") for path in sorted((RESULTS / "nrml").glob(f"{kind}-*.json"))]:
+        found = json.loads(path.read_text())
+        ways = found["ways"].values()
+        for way in sorted(ways, key=lambda way: list(NAMES).index(way["method"])):
+            best = max(each["valid"][0] for each in ways if each["method"] == way["method"])
+            mark = "**" if way["valid"][0] == best else ""
+            channels = f"{way['keep']} ({way['where']})" if way["method"].endswith("nrml") else "all"
+            score = f"{mark}{100 * way['valid'][0]:.1f} ± {100 * way['valid'][1]:.1f}{mark}"
+            cells = (f"{found['meta_steps']:,} of {found['batch']}", channels, f"x {way['rate']:g}", way["change"] or "-", score)
+            lines.append(f"| {NAMES[way['method']]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def nrml() -> str:
     """Routing against MAML: a row for each set and method, a cell with each seed's accuracy, and the paired gains of NRML."""
     rows = defaultdict(list)
@@ -336,7 +354,7 @@ def nrml() -> str:
             pairs = [result["gain"].get(f"nrml - {method}") for result in results]
             gains = ", ".join(f"{100 * pair[0]:+.1f} ± {100 * pair[1]:.1f}" for pair in pairs if pair) or "-"
             channels = f"{own[0]['keep']} ({own[0]['where']})" if method.endswith("nrml") else "all"
-            first = f"{name.rpartition('-')[0]} | {steps} | {NAMES.get(method, method.upper())} | x {own[0]['rate']:g} | {channels}"
+            first = f"{name.rpartition('-')[0]} | {steps} | {NAMES[method]} | x {own[0]['rate']:g} | {channels}"
             lines.append(f"| {first} | {cells} | {gains} |")
     return "\n".join(lines)
 
@@ -351,7 +369,7 @@ def overlap() -> str:
             routing = found[method]["routing"]
             cells = [f"{routing[kind][0]:.3f} ± {routing[kind][1]:.3f}" for kind in kinds]
             name = "-".join(path.stem.split("-")[:2])
-            lines.append(f"| {name} | {method.upper()} | {found['seed']} | {' | '.join(cells)} | {routing['chance']:.3f} |")
+            lines.append(f"| {name} | {NAMES[method]} | {found['seed']} | {' | '.join(cells)} | {routing['chance']:.3f} |")
     return "\n".join(lines)
 
 
@@ -454,6 +472,7 @@ def fill(text: str) -> str:
         frozen_600,
         gains,
         plasticity,
+        nrml_choice,
         nrml,
         overlap,
         pruned,

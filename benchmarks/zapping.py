@@ -76,7 +76,7 @@ CANDIDATES: dict[str, tuple[tuple[float | None, float], ...]] = {  # inner and o
     "meta-asb-zap": _META,
 }
 CHOICE_STEPS, CHOICE_SEED, CHOICE_CLASSES = 2_500, 100, 50
-COST_STEPS, COST_TURNS = 50, 5
+COST_STEPS, COST_TURNS = 60, 5  # steps enough for a zap of i.i.d. among them
 STILL_LEARNING = 0.95  # of its best training accuracy, that a pre-training of the choice by sequences must end with
 
 
@@ -244,7 +244,7 @@ def draw(steps: int | None, tests: Sequence[Test], filters: int) -> None:
 
 def cost(asked: argparse.Namespace) -> None:
     """Seconds of a step of each method once it is compiled, in turns, medians."""
-    runs = []
+    where, runs = machine(), []
     for method in asked.methods:
         config = configuration(method, asked, 0)
         images, _ = pretrain.make_images(config)
@@ -258,7 +258,7 @@ def cost(asked: argparse.Namespace) -> None:
             jax.block_until_ready(run(steps=COST_STEPS).last)
             own.extend([(time.perf_counter() - start) / COST_STEPS] * (turn > 0))
     found = {method: statistics.median(own) for method, own in zip(asked.methods, seconds, strict=True)}
-    write_json(RESULTS / f"cost-{asked.filters}.json", {"machine": machine(), "seconds_per_step": found})
+    write_json(RESULTS / f"cost-{asked.filters}.json", {"machine": where, "seconds_per_step": found})
     print(found)
 
 

@@ -152,7 +152,7 @@ def continual(
       queries: other images of a class, tested on.
       frozen: whether the head alone learns, on features that are computed once; its input is then fixed.
       rates: tried on `select` draws each; if None five from 1e-2 to 1e-4, or seven closer ones if frozen.
-      further: rates in order, of which the next are tried as well while the best so far is the highest or the lowest.
+      further: rates of which the next higher or lower is tried as well while the best so far is the highest or the lowest.
       draws: fresh ones that are reported.
       select: draws for the choice of the rate; as many as `draws` if None.
       checkpoints: numbers of classes after which all are tested; if None 0, 1 and ten more up to the last.

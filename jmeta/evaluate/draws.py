@@ -100,7 +100,7 @@ def two_stages(
       together: runs vmapped together on a device.
       mesh: devices that runs are spread over.
       scout: what runs in the first stage, if that needs less than `run`; `judge` takes its results as well.
-      further: rates, in order, of which the next ones are tried while the best is the highest or the lowest so far.
+      further: rates of which the next higher or lower one is tried while the best is the highest or the lowest so far.
 
     Returns:
       The results of the second stage, the rate, and for each rate its mean score in the first stage and its 95 % interval.
@@ -122,15 +122,16 @@ def two_stages(
 
 
 def beyond(tried: dict[float, tuple[float, float]], further: Sequence[float]) -> tuple[float, ...]:
-    """The next of some rates, where the best is the highest or the lowest that was tried; none otherwise.
+    """The next higher or lower of some rates, where the best is the highest or the lowest that was tried; none otherwise.
 
     >>> beyond({3e-2: (0.5, 0.1), 1e-2: (0.4, 0.1)}, (1e-1, 3e-2, 1e-2))
     (0.1,)
     """
-    best = max(tried, key=lambda rate: tried[rate][0])
-    side = (best == min(tried)) - (best == max(tried))
-    place = further.index(best) + side if side and best in further else -1
-    return (further[place],) if 0 <= place < len(further) else ()
+    best, lowest, highest = max(tried, key=lambda rate: tried[rate][0]), min(tried), max(tried)
+    if lowest == highest or lowest < best < highest:
+        return ()
+    above, below = sorted(rate for rate in further if rate > best), sorted(rate for rate in further if rate < best)
+    return tuple(above[:1] if best == highest else below[-1:])
 
 
 @functools.partial(jax.jit, static_argnums=range(3))

@@ -71,7 +71,8 @@ def zap(
       which: "support" for the classes that the support set's labels name, "all", or the fraction of units that are drawn by lot.
       bias: whether their biases become 0 as well; the paper leaves them.
       slots: whether what an inner optimiser that goes on from task to task (`carry_state`) remembers of them stays or becomes 0;
-        `jmeta.resetting` has slots of its own, for the outer one.
+        `jmeta.resetting` has slots of its own, for the outer one. What that remembers of a class that ASB zaps stays, as in the
+        paper.
 
     Returns:
       A rule.
@@ -104,7 +105,8 @@ def zap(
             return zap_layer(key, params, layer, init=init, bias=bias)
         if support is None:
             raise ValueError("zap: which is 'support', but there is no support set here; give which='all' or a fraction.")
-        return zap_layer(key, params, layer, support.y, init=init, bias=bias)
+        seen = support.y if support.mask is None else jnp.where(support.mask, support.y, units)  # padding names no class
+        return zap_layer(key, params, layer, seen, init=init, bias=bias)
 
     return Rule("zap", check, reset, clears=slots == "zero")
 

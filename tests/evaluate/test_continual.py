@@ -96,6 +96,7 @@ def test_further_rates_are_tried_while_the_best_is_at_an_edge(key):
     _, rate, tried = drawing.two_stages(key, run, (), (1.0, 2.0), **how)
     jax.effects_barrier()
     assert rate == 4.0 and sorted(tried) == [1.0, 2.0, 4.0, 8.0] and seen.count(8.0) == 2 and 16.0 not in seen
+    assert drawing.two_stages(key, run, (), (1.0, 2.0), **{**how, "further": grid[::-1]})[1:] == (rate, tried)  # in any order
     assert sorted(drawing.two_stages(key, run, (), (16.0, 8.0), **{**how, "further": grid[:2]})[2]) == [8.0, 16.0]
     assert drawing.two_stages(key, run, (), (2.0,), **how)[1:] == (2.0, {})  # a single one is not chosen
 

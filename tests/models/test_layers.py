@@ -76,6 +76,19 @@ def test_networks_have_their_layers_in_order(key, make, norm):
     assert ("norm" in params["block1"]) == (norm != "none") or "conv1" in params["block1"]
 
 
+@pytest.mark.parametrize(
+    ("model", "size"),
+    [
+        (jm.conv3(1000), 3_489_256),
+        (jm.conv4(64, filters=256, pool=True, shape=(84, 84, 3), norm="instance"), 2_189_120),
+    ],
+    ids=["Omniglot", "mini-ImageNet"],
+)
+def test_the_networks_that_zapping_pretrains_have_their_papers_sizes(key, model, size):
+    """The second by hand: 7,168 + 3 x 590,080 of kernels and biases, 4 x 512 of normalisation, 409,664 of the head."""
+    assert sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(model.init, key))) == size
+
+
 def test_the_derivatives_of_batch_norm_are_those_of_its_formula(key):
     def formula(x, scale, bias):
         return (x - x.mean((0, 1))) / jnp.sqrt(x.var((0, 1)) + 1e-5) * scale + bias

@@ -32,6 +32,12 @@ def test_only_the_chosen_columns_of_the_heads_kernel_change(key, init):
     chex.assert_trees_all_equal(after, params)
 
 
+def test_padding_names_no_class(key):
+    params = NET.init(key)
+    support = _support([2, 0])._replace(mask=jnp.array([1.0, 0.0]))
+    chex.assert_trees_all_equal(_reset(jm.zap("head"), params, support), _reset(jm.zap("head"), params, _support([2])))
+
+
 def test_all_some_and_biases(key):
     params = jax.tree.map(jnp.ones_like, NET.init(key))
     everything = _reset(jm.zap("head", which="all", bias=True), params)
