@@ -495,9 +495,9 @@ def cleared(optimizer: optax.GradientTransformation, state: Any, before: Params,
         return optax.tree.map_params(optimizer, clear, state, before, after, is_leaf=masked)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
-            f"slots: what the optimiser remembers of the parameters that were reset cannot be told apart ({error}). Usual cause: an "
-            "optimiser whose start looks into the parameters: optax.partition, a rule for some layers alone, jmeta.resetting. Use "
-            "slots='keep', and let jmeta.resetting be the outermost."
+            f"slots: what the optimiser remembers of the parameters that were reset cannot be told apart ({error}). Usual cause: "
+            "an optimiser whose start looks into the parameters: optax.partition, a rule for some layers alone, jmeta.resetting. "
+            "Use slots='keep', and let jmeta.resetting be the outermost."
         ) from error
 
 
