@@ -98,7 +98,8 @@ def _largest_jvp(primals, tangents):
     first = jnp.full(largest.shape, numbers[-1])
     for number, place in reversed(list(zip(numbers, places, strict=True))):
         first = jnp.where(place == largest, number, first)
-    return largest, sum(jnp.where(first == number, dplace, 0) for number, dplace in zip(numbers, _places(dwindows), strict=True))
+    chosen = [jnp.where(first == number, dplace, 0) for number, dplace in zip(numbers, _places(dwindows), strict=True)]
+    return largest, functools.reduce(jnp.add, chosen)
 
 
 def _places(windows: jax.Array) -> list[jax.Array]:
