@@ -275,13 +275,20 @@ def _unseen(methods: list[str]) -> str:
         images = steps * (config["size"] if method.startswith("iid") else config["sequence"] + config["remember"])
         path = RESULTS / "zapping" / f"cost-{filters}.json"
         seconds = json.loads(path.read_text())["seconds_per_step"].get(method) if path.exists() else None
-        cells = [[each["settings"][test]["mean"] for each in results if test in each["settings"]] for test in tests]
-        shown = (_over_seeds(means) + f" ({len(means)})" * (0 < len(means) < len(results)) for means in cells)
+        cells = [[each["settings"][test] for each in results if test in each["settings"]] for test in tests]
+        shown = (_of_seeds(own) + f" ({len(own)})" * (0 < len(own) < len(results)) for own in cells)
         minutes = "-" if seconds is None else f"{seconds * steps / 60:.1f}"
         lines.append(
             f"| {ZAPPED[method]} | {filters} | {steps:,} | {images:,} | {minutes} | {len(results)} | {' | '.join(shown)} |"
         )
     return "\n".join(lines)
+
+
+def _of_seeds(found: list[dict]) -> str:
+    """The mean over seeds with its interval; of a single seed the interval is that over its draws."""
+    if len(found) == 1:
+        return f"{found[0]['mean']:.3f} ± {found[0]['interval95']:.3f}"
+    return _over_seeds([each["mean"] for each in found])
 
 
 def gains() -> str:
