@@ -86,7 +86,7 @@ def test_gains_pair_runs_of_equal_length_alone(monkeypatch, tmp_path):
     (tmp_path / "zapping").mkdir()
     for method, steps, seed, mean in (("asb", 9, 0, 0.5), ("asb-zap", 9, 0, 0.75), ("asb-zap", 25, 0, 0.9)):
         config = {"filters": 64, "steps": steps, "seed": seed, "sequence": 20, "remember": 64, "size": 256}
-        row = {"method": method, "config": config, "settings": {"frozen 10": {"mean": mean}}}
+        row = {"method": method, "config": config, "settings": {"frozen 10": {"mean": mean, "interval95": 0.1}}}
         (tmp_path / "zapping" / f"{method}-64-{steps}-seed{seed}.json").write_text(json.dumps(row))
     rows = table.gains().splitlines()[2:]
     assert rows == ["| ASB, zapped - ASB | 64 | 9 | +0.250 |"]
