@@ -43,13 +43,17 @@ RATES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 METHODS = ("nrml", "maml", "fonrml", "fomaml")
 STRENGTHS = (0.0, 1e-4, 1e-3)  # of slimming
 CUT = 0.5  # of all channels
-CHANGES = {  # of NRML, one at a time: options of `jmeta.route`, and below what is not one
+CHANGES = {  # of NRML, one at a time: options of `jmeta.route`, or none where `rule` or `start` makes the change
     "signed": {"score": "signed"},
     "global": {"per": "global"},
     "task": {"refresh": "task"},
     "meta": {"keep_meta": "keep"},
     "spread": {},
+    "free": {},
+    "apart": {},
 }
+APART = 10.0  # times the inner rate, of scales in "apart"
+SPREAD_TASKS = 200
 PAIRS = (("nrml", "maml"), ("nrml", "fomaml"), ("fonrml", "maml"), ("fonrml", "fomaml"))
 
 
@@ -94,10 +98,35 @@ WAYS = [
 
 def learner(problem: Set, way: Way) -> jm.MetaLearner:
     """The meta-learner of a way."""
+    order = 1 if way.method.startswith("fo") else 2
+    return jm.maml(problem.model, jm.xent, rule(way, way.rate * problem.rate), jm.repeat(STEPS), order=order)
+
+
+def rule(way: Way, rate: float) -> Any:
+    """Gradient descent, of chosen channels where the way is NRML."""
+    descent = optax.sgd(rate)
+    if not way.routed:
+        return descent
     options: dict[str, Any] = {name: way.keep if value == "keep" else value for name, value in CHANGES.get(way.change, {}).items()}
-    rule: Any = optax.sgd(way.rate * problem.rate)
-    rule = jm.chain(jm.route(way.keep, where=way.where, **options), rule) if way.routed else rule
-    return jm.maml(problem.model, jm.xent, rule, jm.repeat(STEPS), order=1 if way.method.startswith("fo") else 2)
+    routed = jm.route(way.keep, where=way.where, **options)
+    if way.change == "apart":
+        descent = optax.chain(optax.masked(optax.scale(APART), are_scales), descent)
+    return jm.chain(from_second(routed) if way.change == "free" else routed, descent)
+
+
+def from_second(routed: jm.Rule) -> jm.Rule:
+    """The rule but for the first step, whose choice is the same for all tasks: that trains every channel."""
+
+    def update(updates, state, params=None, *, step=0, **more):
+        chosen, state = routed.update.update(updates, state, params, step=step, **more)
+        return jax.tree.map(lambda free, own: jnp.where(step == 0, free, own), updates, chosen), state
+
+    return routed._replace(update=optax.GradientTransformationExtraArgs(routed.update.init, update))
+
+
+def are_scales(tree: Any) -> Any:
+    """True at the scales of normalisations."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "scale", tree)
 
 
 def start(made: jm.MetaLearner, way: Way, seed: int) -> jm.Theta | None:
@@ -133,8 +162,26 @@ def make_problem(name: str, source: str | None, seed: int, batch: int | None) ->
     return problem if batch is None else problem._replace(batch=batch)
 
 
-def valid(ways: list[Way], path: Path, asked: argparse.Namespace) -> None:
-    """Scores ways on validation classes of Omniglot 5w1s; what is there stays."""
+def agreement(made: jm.MetaLearner, theta: jm.Theta, way: Way, seed: int) -> Any:
+    """Which channels tasks of unseen alphabets of Omniglot choose."""
+    key = jax.random.fold_in(jax.random.key(seed), ROUTING_KEY)
+    options: Any = {name: value for name, value in CHANGES.get(way.change, {}).items() if name in ("score", "per")}
+    unseen = jm.omniglot(split="customary", seed=seed).test
+    return jm.routing(key, made, theta, unseen, way.keep, ways=5, shots=1, **options)
+
+
+def spread(made: jm.MetaLearner, theta: jm.Theta, problem: Set, seed: int) -> dict[str, float]:
+    """How far adapted scales differ: between the channels of a layer (of the mean over tasks), and between tasks (of a channel)."""
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), SPREAD_KEY), SPREAD_TASKS)
+    adapted = jax.jit(lambda theta, keys: jax.lax.map(lambda key: made.adapt(key, theta, problem.test.draw(key).support), keys))
+    params = adapted(theta, keys).params
+    scales = [part["norm"]["scale"] for part in params.values() if "norm" in part]  # [tasks, C]
+    channels, tasks = [float(np.mean([each.mean(0).std() for each in scales])), float(np.mean([each.std(0) for each in scales]))]
+    return {"channels": channels, "tasks": tasks}
+
+
+def valid(ways: list[Way], path: Path, asked: argparse.Namespace, agree: bool = False) -> None:
+    """Scores ways on validation classes of Omniglot 5w1s, and how far tasks agree on channels; what is there stays."""
     problem = make_problem("omniglot-5w1s", None, 0, asked.batch)
     fresh = {"machine": machine(), "meta_steps": asked.steps, "batch": problem.batch, "ways": {}}
     found = json.loads(path.read_text()) if path.exists() else fresh
@@ -142,8 +189,13 @@ def valid(ways: list[Way], path: Path, asked: argparse.Namespace) -> None:
         sys.exit(f"{path} is of meta-batches of {found['batch']} tasks, not of {problem.batch}; move it away")
     for way in ways:
         if str(way) not in found["ways"] and way.method in asked.methods:
-            result = score(problem, "omniglot-5w1s", way, 0, asked, test=False)[2]
-            found["ways"][str(way)] = {**way._asdict(), "valid": [result.mean, result.interval], "episodes": VALID_EPISODES}
+            made, theta, result = score(problem, "omniglot-5w1s", way, 0, asked, test=False)
+            row = {**way._asdict(), "valid": [result.mean, result.interval], "episodes": VALID_EPISODES}
+            if agree:
+                row["routing"] = agreement(made, theta, way, 0).figures()
+                row["spread"] = spread(made, theta, problem, 0)
+                print(row["routing"], row["spread"], flush=True)
+            found["ways"][str(way)] = row
             write_json(path, found)
             print(f"{way}: {result}", flush=True)
 
@@ -151,7 +203,8 @@ def valid(ways: list[Way], path: Path, asked: argparse.Namespace) -> None:
 def attempt(asked: argparse.Namespace) -> None:
     """Scores every change of the best NRML on validation classes."""
     best = next(way for way in chosen(asked, ("nrml",)) if way.method == "nrml")
-    valid([best, *(best._replace(change=change) for change in CHANGES)], RESULTS / f"attempts-{asked.steps}.json", asked)
+    ways = [best, *(best._replace(change=change) for change in CHANGES)]
+    valid(ways, RESULTS / f"attempts-{asked.steps}.json", asked, agree=True)
 
 
 def chosen(asked: argparse.Namespace, methods: tuple[str, ...] = METHODS) -> list[Way]:
@@ -186,11 +239,9 @@ def compare(seed: int, asked: argparse.Namespace) -> None:
         found[way.method] = {**way._asdict(), "edge": edge, "accuracy": [scores[way.method].mean, scores[way.method].interval]}
         print(f"{asked.name}, seed {seed}, {way}: {scores[way.method]}", flush=True)
         if way.routed and asked.name.startswith("omniglot"):
-            key = jax.random.fold_in(jax.random.key(seed), ROUTING_KEY)
-            unseen = jm.omniglot(split="customary", seed=seed).test
-            routed = jm.routing(key, made, theta, unseen, way.keep, ways=5, shots=1)
+            routed = agreement(made, theta, way, seed)
             routed.plot(path.with_name(f"{path.stem}-{way.method}-routing.png"))
-            found[way.method]["routing"] = routed.figures()
+            found[way.method] |= {"routing": routed.figures(), "spread": spread(made, theta, problem, seed)}
             print(routed, flush=True)
     found["gain"] = {f"{one} - {other}": jm.paired(scores[one], scores[other]) for one, other in PAIRS}
     write_json(path, found)
