@@ -51,6 +51,7 @@ CHANGES = {  # of NRML, one at a time: options of `jmeta.route`, or none where `
     "spread": {},
     "free": {},
     "apart": {},
+    "lot": {},
 }
 APART = 10.0  # times the inner rate, of scales in "apart"
 SPREAD_TASKS = 200
@@ -111,7 +112,8 @@ def rule(way: Way, rate: float) -> Any:
     routed = jm.route(way.keep, where=way.where, **options)
     if way.change == "apart":
         descent = optax.chain(optax.masked(optax.scale(APART), are_scales), descent)
-    return jm.chain(from_second(routed) if way.change == "free" else routed, descent)
+    changed = {"free": from_second, "lot": drawn}.get(way.change)
+    return jm.chain(routed if changed is None else changed(routed), descent)
 
 
 def from_second(routed: jm.Rule) -> jm.Rule:
@@ -120,6 +122,16 @@ def from_second(routed: jm.Rule) -> jm.Rule:
     def update(updates, state, params=None, *, step=0, **more):
         chosen, state = routed.update.update(updates, state, params, step=step, **more)
         return jax.tree.map(lambda free, own: jnp.where(step == 0, free, own), updates, chosen), state
+
+    return routed._replace(update=optax.GradientTransformationExtraArgs(routed.update.init, update))
+
+
+def drawn(routed: jm.Rule) -> jm.Rule:
+    """The rule with channels by lot at each step, for comparison: as if all scales were equal."""
+
+    def update(updates, state, params=None, **more):
+        equal = jax.tree.map(lambda leaf, scale: jnp.ones_like(leaf) if scale else leaf, params, are_scales(params))
+        return routed.update.update(updates, state, equal, **more)
 
     return routed._replace(update=optax.GradientTransformationExtraArgs(routed.update.init, update))
 

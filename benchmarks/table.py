@@ -17,6 +17,17 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 NAMES = {"maml": "MAML", "fomaml": "FOMAML", "anil": "ANIL", "meta-sgd": "Meta-SGD", "boil": "BOIL", "sparse": "sparse-MAML"}
 NAMES |= {"nrml": "NRML", "fonrml": "FONRML"}
+CHANGED = {  # of NRML
+    "": "nothing",
+    "signed": "signed scales are compared",
+    "global": "channels compete over all layers",
+    "task": "channels are chosen once, as the task begins",
+    "meta": "a task's meta-gradient holds its chosen filters alone",
+    "spread": "scales start between 0.5 and 1.5, at random",
+    "free": "the first step trains every channel",
+    "apart": "scales adapt at ten times the rate",
+    "lot": "channels are drawn by lot at each step",
+}
 ZAPPED = {"iid": "i.i.d.", "iid-zap": "i.i.d., zapped", "asb": "ASB", "asb-zap": "ASB, zapped"}
 FLOOR, FLOOR_FILTERS = 0.85, 64  # of ASB, zapped, frozen, 10 classes, without which the table of zapping does not count
 ZAPPED |= {"meta-asb": "Meta-ASB", "meta-asb-zap": "Meta-ASB, zapped", "oml": "OML", "anml": "ANML"}
@@ -329,9 +340,9 @@ def pretraining_rates() -> str:
 
 
 def nrml_choice() -> str:
-    """What was tried on validation classes: a row for each way, the best of a method in bold, then what was changed of the best."""
-    lines = _head(("method", "meta-steps", "channels", "inner rate", "change", "accuracy"))
-    for path in [path for kind in ("choice", "attempts") for path in sorted((RESULTS / "nrml").glob(f"{kind}-*.json"))]:
+    """What was tried on validation classes: a row for each way, the best of a method in bold."""
+    lines = _head(("method", "meta-steps", "channels", "inner rate", "accuracy"))
+    for path in sorted((RESULTS / "nrml").glob("choice-*.json")):
         found = json.loads(path.read_text())
         ways = found["ways"].values()
         for way in sorted(ways, key=lambda way: list(NAMES).index(way["method"])):
@@ -339,8 +350,22 @@ def nrml_choice() -> str:
             mark = "**" if way["valid"][0] == best else ""
             channels = f"{way['keep']} ({way['where']})" if way["method"].endswith("nrml") else "all"
             score = f"{mark}{100 * way['valid'][0]:.1f} ± {100 * way['valid'][1]:.1f}{mark}"
-            cells = (f"{found['meta_steps']:,} of {found['batch']}", channels, f"x {way['rate']:g}", way["change"] or "-", score)
+            cells = (f"{found['meta_steps']:,} of {found['batch']}", channels, f"x {way['rate']:g}", score)
             lines.append(f"| {NAMES[way['method']]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def nrml_attempts() -> str:
+    """The best NRML with one thing changed: accuracy, how far tasks agree on channels, and how far scales differ."""
+    kinds = ("same classes", "other groups", "same minus other groups")
+    lines = _head(("change", "accuracy", *kinds, "by chance", "scales differ between channels", "between tasks"))
+    for path in sorted((RESULTS / "nrml").glob("attempts-*.json")):
+        for way in json.loads(path.read_text())["ways"].values():
+            routing, spread = way["routing"], way["spread"]
+            cells = [f"{100 * way['valid'][0]:.1f} ± {100 * way['valid'][1]:.1f}"]
+            cells += [f"{routing[kind][0]:.3f} ± {routing[kind][1]:.3f}" for kind in kinds]
+            cells += [f"{each:.3f}" for each in (routing["chance"], spread["channels"], spread["tasks"])]
+            lines.append(f"| {CHANGED[way['change']]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -480,6 +505,7 @@ def fill(text: str) -> str:
         gains,
         plasticity,
         nrml_choice,
+        nrml_attempts,
         nrml,
         overlap,
         pruned,
