@@ -370,25 +370,31 @@ def nrml_attempts() -> str:
 
 
 def nrml() -> str:
-    """Routing against MAML: a row for each set and method, a cell with each seed's accuracy, and the paired gains of NRML."""
+    """Routing against MAML: a row for each set and method, with the gains of NRML and FONRML on the same episodes."""
     rows = defaultdict(list)
     for path in sorted((RESULTS / "nrml").glob("*w*s-*-seed*.json")):
         rows[path.stem.rpartition("-seed")[0]].append(json.loads(path.read_text()))
-    lines = _head(
-        ("set", "meta-steps of tasks", "method", "inner rate", "channels", "accuracy, each seed", "NRML's gain in points")
-    )
+    lines = _head(("set", "meta-steps of tasks", "method", "channels", "accuracy, each seed", "gain of NRML", "gain of FONRML"))
     for name, results in rows.items():
         results.sort(key=lambda result: result["seed"])
         steps = f"{results[0]['meta_steps']:,} of {results[0]['batch']}"
         for method in ("nrml", "fonrml", "maml", "fomaml"):
             own = [result[method] for result in results]
-            cells = ", ".join(f"{100 * each['accuracy'][0]:.1f} ± {100 * each['accuracy'][1]:.1f}" for each in own)
-            pairs = [result["gain"].get(f"nrml - {method}") for result in results]
-            gains = ", ".join(f"{100 * pair[0]:+.1f} ± {100 * pair[1]:.1f}" for pair in pairs if pair) or "-"
+            scores = ", ".join(f"{100 * each['accuracy'][0]:.1f} ± {100 * each['accuracy'][1]:.1f}" for each in own)
+            cells = [scores, *(_points(results, f"{routed} - {method}") for routed in ("nrml", "fonrml"))]
             channels = f"{own[0]['keep']} ({own[0]['where']})" if method.endswith("nrml") else "all"
-            first = f"{name.rpartition('-')[0]} | {steps} | {NAMES[method]} | x {own[0]['rate']:g} | {channels}"
-            lines.append(f"| {first} | {cells} | {gains} |")
+            lines.append(f"| {name.rpartition('-')[0]} | {steps} | {NAMES[method]} | {channels} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _points(results: list[dict], pair: str) -> str:
+    """A gain in points: each seed's, paired, and the mean over seeds with its interval where there are several."""
+    found = [100 * np.array(result["gain"][pair]) for result in results if pair in result["gain"]]
+    each = ", ".join(f"{mean:+.1f} ± {half:.1f}" for mean, half in found) or "-"
+    if len(found) < 2:
+        return each
+    mean, half = interval(np.array([own for own, _ in found]))
+    return f"{each}; mean {mean:+.1f} ± {half:.1f}"
 
 
 def overlap() -> str:
