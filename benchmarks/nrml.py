@@ -5,20 +5,22 @@
     python benchmarks/nrml.py compare omniglot-5w1s --seeds 0 1 2     what was chosen, on test classes
     python benchmarks/nrml.py compare omniglot-20w1s --seeds 0 1 2 --steps 2000
     python benchmarks/nrml.py compare caltech-5w1s --seeds 0
+    python benchmarks/nrml.py compare omniglot-5w1s --change spread   the best attempt, beside MAML changed alike and as it was
     python benchmarks/nrml.py prune --seeds 0                         half of a slimming-trained network cut away
 
 `choose` trains NRML in two modes at three shares of channels, and MAML at as many inner rates, each in second and in first order,
-on the same tasks, and keeps the best of each by 300 validation episodes. `attempt` changes the best NRML in one thing at a time.
-`compare` trains what was chosen for as many meta-steps and tests it on the same 1,000 episodes; rates are multiples of the set's
-in `sets.py`. Then it measures which channels tasks choose and how far they agree, within alphabets and across. `prune`
-meta-trains MAML with scales drawn towards 0 by several strengths and tests each network on the same episodes whole, with half of
-its channels silent, and without them. Runs and results are kept and gone on with.
+on the same tasks, and keeps the best of each by 300 validation episodes. `attempt` changes one thing at a time of the best NRML, and
+of MAML what has nothing to do with routing. `compare` trains what was chosen for as many meta-steps and tests it on the same 1,000
+episodes; rates are multiples of the set's in `sets.py`. Then it measures which channels tasks choose and how far they agree, within
+alphabets and across. `prune` meta-trains MAML with scales drawn towards 0 by several strengths and tests each network on the same
+episodes whole, with half of its channels silent, and without them. Runs and results are kept and gone on with.
 
 References:
   Cai et al., Neural Routing in Meta Learning, 2022 (https://arxiv.org/abs/2210.07932).
 """
 
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -55,7 +57,7 @@ CHANGES = {  # of NRML, one at a time: options of `jmeta.route`, or none where `
 }
 APART = 10.0  # times the inner rate, of scales in "apart"
 SPREAD_TASKS = 200
-PAIRS = (("nrml", "maml"), ("nrml", "fomaml"), ("fonrml", "maml"), ("fonrml", "fomaml"))
+CONTROLS = ("spread", "apart")  # that MAML can be changed in as well
 
 
 class Way(NamedTuple):
@@ -77,8 +79,13 @@ class Way(NamedTuple):
 
     def __str__(self) -> str:
         """Its name in a result."""
-        changed = f"-{self.change}" if self.change else ""
-        return f"{self.method}-{self.where}-{self.keep}{changed}" if self.routed else f"{self.method}-{self.rate}"
+        first = f"{self.method}-{self.where}-{self.keep}" if self.routed else f"{self.method}-{self.rate}"
+        return f"{first}-{self.change}" if self.change else first
+
+    @property
+    def label(self) -> str:
+        """Its name in a comparison."""
+        return f"{self.method}-{self.change}" if self.change else self.method
 
     @property
     def routed(self) -> bool:
@@ -106,12 +113,12 @@ def learner(problem: Set, way: Way) -> jm.MetaLearner:
 def rule(way: Way, rate: float) -> Any:
     """Gradient descent, of chosen channels where the way is NRML."""
     descent = optax.sgd(rate)
+    if way.change == "apart":
+        descent = optax.chain(optax.masked(optax.scale(APART), are_scales), descent)
     if not way.routed:
         return descent
     options: dict[str, Any] = {name: way.keep if value == "keep" else value for name, value in CHANGES.get(way.change, {}).items()}
     routed = jm.route(way.keep, where=way.where, **options)
-    if way.change == "apart":
-        descent = optax.chain(optax.masked(optax.scale(APART), are_scales), descent)
     changed = {"free": from_second, "lot": drawn}.get(way.change)
     return jm.chain(routed if changed is None else changed(routed), descent)
 
@@ -203,7 +210,7 @@ def valid(ways: list[Way], path: Path, asked: argparse.Namespace, agree: bool = 
         if str(way) not in found["ways"] and way.method in asked.methods:
             made, theta, result = score(problem, "omniglot-5w1s", way, 0, asked, test=False)
             row = {**way._asdict(), "valid": [result.mean, result.interval], "episodes": VALID_EPISODES}
-            if agree:
+            if agree and way.routed:
                 row["routing"] = agreement(made, theta, way, 0).figures()
                 row["spread"] = spread(made, theta, problem, 0)
                 print(row["routing"], row["spread"], flush=True)
@@ -213,9 +220,10 @@ def valid(ways: list[Way], path: Path, asked: argparse.Namespace, agree: bool = 
 
 
 def attempt(asked: argparse.Namespace) -> None:
-    """Scores every change of the best NRML on validation classes."""
-    best = next(way for way in chosen(asked, ("nrml",)) if way.method == "nrml")
+    """Scores every change of the best NRML on validation classes, and those of MAML."""
+    best, maml = chosen(asked, ("nrml", "maml"))
     ways = [best, *(best._replace(change=change) for change in CHANGES)]
+    ways += [maml, *(maml._replace(change=change) for change in CONTROLS)]
     valid(ways, RESULTS / f"attempts-{asked.steps}.json", asked, agree=True)
 
 
@@ -232,7 +240,7 @@ def chosen(asked: argparse.Namespace, methods: tuple[str, ...] = METHODS) -> lis
 
 def compare(seed: int, asked: argparse.Namespace) -> None:
     """Scores what was chosen on test classes, paired, and measures NRML's choices of channels."""
-    path = RESULTS / f"{asked.name}-{asked.steps}-seed{seed}.json"
+    path = RESULTS / f"{asked.name}-{asked.steps}-seed{seed}{'-' + asked.change if asked.change else ''}.json"
     if path.exists():
         return
     found: dict[str, Any] = {
@@ -245,19 +253,28 @@ def compare(seed: int, asked: argparse.Namespace) -> None:
     scores, source = {}, caltech() if asked.name.startswith("caltech") else None
     problem = make_problem(asked.name, source, seed, asked.batch)
     found["batch"] = problem.batch
-    for way in chosen(asked):
-        made, theta, scores[way.method] = score(problem, asked.name, way, seed, asked, test=True)
+    for way in compared(asked):
+        made, theta, result = score(problem, asked.name, way, seed, asked, test=True)
         edge = not way.routed and way.rate in (RATES[0], RATES[-1])
-        found[way.method] = {**way._asdict(), "edge": edge, "accuracy": [scores[way.method].mean, scores[way.method].interval]}
-        print(f"{asked.name}, seed {seed}, {way}: {scores[way.method]}", flush=True)
+        found[way.label] = {**way._asdict(), "edge": edge, "accuracy": [result.mean, result.interval]}
+        print(f"{asked.name}, seed {seed}, {way}: {result}", flush=True)
         if way.routed and asked.name.startswith("omniglot"):
             routed = agreement(made, theta, way, seed)
             routed.plot(path.with_name(f"{path.stem}-{way.method}-routing.png"))
-            found[way.method] |= {"routing": routed.figures(), "spread": spread(made, theta, problem, seed)}
+            found[way.label] |= {"routing": routed.figures(), "spread": spread(made, theta, problem, seed)}
             print(routed, flush=True)
-    found["gain"] = {f"{one} - {other}": jm.paired(scores[one], scores[other]) for one, other in PAIRS}
+        scores[way.label] = result
+    found["gain"] = {f"{one} - {other}": jm.paired(scores[one], scores[other]) for one, other in itertools.permutations(scores, 2)}
     write_json(path, found)
     print(found["gain"], flush=True)
+
+
+def compared(asked: argparse.Namespace) -> list[Way]:
+    """What was chosen; or NRML and MAML with a change, and MAML without."""
+    if not asked.change:
+        return chosen(asked)
+    nrml, maml = chosen(asked, ("nrml", "maml"))
+    return [nrml._replace(change=asked.change), maml._replace(change=asked.change), maml]
 
 
 def prune(seed: int, asked: argparse.Namespace) -> None:
@@ -322,6 +339,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1200, help="meta-steps")
     parser.add_argument("--batch", type=int, help="tasks of a meta-step; the set's if not given")
     parser.add_argument("--choice", type=int, default=500, help="meta-steps of the choice that is compared")
+    parser.add_argument("--change", choices=CONTROLS, default="", help="compare NRML and MAML that are changed so")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="of the choice")
     parser.add_argument("--runs", type=Path, default=Path("runs") / "nrml")
     asked = parser.parse_args()

@@ -356,23 +356,45 @@ def nrml_choice() -> str:
 
 
 def nrml_attempts() -> str:
-    """The best NRML with one thing changed: accuracy, how far tasks agree on channels, and how far scales differ."""
+    """The best NRML, and MAML, with one thing changed: accuracy, how far tasks agree on channels, and how far scales differ."""
     kinds = ("same classes", "other groups", "same minus other groups")
-    lines = _head(("change", "accuracy", *kinds, "by chance", "scales differ between channels", "between tasks"))
+    lines = _head(("method", "change", "accuracy", *kinds, "by chance", "scales differ between channels", "between tasks"))
     for path in sorted((RESULTS / "nrml").glob("attempts-*.json")):
         for way in json.loads(path.read_text())["ways"].values():
-            routing, spread = way["routing"], way["spread"]
-            cells = [f"{100 * way['valid'][0]:.1f} ± {100 * way['valid'][1]:.1f}"]
-            cells += [f"{routing[kind][0]:.3f} ± {routing[kind][1]:.3f}" for kind in kinds]
-            cells += [f"{each:.3f}" for each in (routing["chance"], spread["channels"], spread["tasks"])]
-            lines.append(f"| {CHANGED[way['change']]} | {' | '.join(cells)} |")
+            cells = [NAMES[way["method"]], CHANGED[way["change"]], f"{100 * way['valid'][0]:.1f} ± {100 * way['valid'][1]:.1f}"]
+            if "routing" in way:
+                routing, spread = way["routing"], way["spread"]
+                cells += [f"{routing[kind][0]:.3f} ± {routing[kind][1]:.3f}" for kind in kinds]
+                cells += [f"{each:.3f}" for each in (routing["chance"], spread["channels"], spread["tasks"])]
+            else:
+                cells += ["-"] * (len(kinds) + 3)
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def nrml_changed() -> str:
+    """A change on test classes: NRML and MAML with it, and MAML without; gains are paired by episode."""
+    rows = defaultdict(list)
+    for path in sorted((RESULTS / "nrml").glob("*w*s-*-seed?-*.json")):
+        rows[path.stem.partition("-seed")[0], path.stem.rpartition("-")[2]].append(json.loads(path.read_text()))
+    lines = _head(
+        ("set", "meta-steps of tasks", "method", "change", "accuracy, each seed", "gain over MAML", "over MAML changed alike")
+    )
+    for (name, change), results in rows.items():
+        steps = f"{results[0]['meta_steps']:,} of {results[0]['batch']}"
+        for label in (f"nrml-{change}", f"maml-{change}", "maml"):
+            own = [result[label] for result in results]
+            scores = ", ".join(f"{100 * each['accuracy'][0]:.1f} ± {100 * each['accuracy'][1]:.1f}" for each in own)
+            cells = [scores, *(_points(results, f"{label} - {other}") for other in ("maml", f"maml-{change}"))]
+            first = f"{name.rpartition('-')[0]} | {steps} | {NAMES[own[0]['method']]} | {CHANGED[own[0]['change']]}"
+            lines.append(f"| {first} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def nrml() -> str:
     """Routing against MAML: a row for each set and method, with the gains of NRML and FONRML on the same episodes."""
     rows = defaultdict(list)
-    for path in sorted((RESULTS / "nrml").glob("*w*s-*-seed*.json")):
+    for path in sorted((RESULTS / "nrml").glob("*w*s-*-seed?.json")):
         rows[path.stem.rpartition("-seed")[0]].append(json.loads(path.read_text()))
     lines = _head(("set", "meta-steps of tasks", "method", "channels", "accuracy, each seed", "gain of NRML", "gain of FONRML"))
     for name, results in rows.items():
@@ -401,7 +423,7 @@ def overlap() -> str:
     """How far tasks of NRML agree on their channels: a row for each run, means over alphabets."""
     kinds = ("same classes", "same group", "other groups", "same minus other groups")
     lines = _head(("set", "method", "seed", *kinds, "by chance"))
-    for path in sorted((RESULTS / "nrml").glob("omniglot-*-seed*.json")):
+    for path in sorted((RESULTS / "nrml").glob("omniglot-*-seed?.json")):
         found = json.loads(path.read_text())
         for method in (each for each in ("nrml", "fonrml") if "routing" in found.get(each, {})):
             routing = found[method]["routing"]
@@ -513,6 +535,7 @@ def fill(text: str) -> str:
         nrml_choice,
         nrml_attempts,
         nrml,
+        nrml_changed,
         overlap,
         pruned,
         metanas,
