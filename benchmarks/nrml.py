@@ -9,11 +9,11 @@
     python benchmarks/nrml.py prune --seeds 0                         half of a slimming-trained network cut away
 
 `choose` trains NRML in two modes at three shares of channels, and MAML at as many inner rates, each in second and in first order,
-on the same tasks, and keeps the best of each by 300 validation episodes. `attempt` changes one thing at a time of the best NRML, and
-of MAML what has nothing to do with routing. `compare` trains what was chosen for as many meta-steps and tests it on the same 1,000
-episodes; rates are multiples of the set's in `sets.py`. Then it measures which channels tasks choose and how far they agree, within
-alphabets and across. `prune` meta-trains MAML with scales drawn towards 0 by several strengths and tests each network on the same
-episodes whole, with half of its channels silent, and without them. Runs and results are kept and gone on with.
+on the same tasks, and keeps the best of each by 300 validation episodes. `attempt` changes one thing at a time of the best NRML,
+and of MAML what has nothing to do with routing. `compare` trains what was chosen for as many meta-steps and tests it on the same
+1,000 episodes; rates are multiples of the set's in `sets.py`. Then it measures which channels tasks choose and how far they agree,
+within alphabets and across. `prune` meta-trains MAML with scales drawn towards 0 by several strengths and tests each network on the
+same episodes whole, with half of its channels silent, and without them. Runs and results are kept and gone on with.
 
 References:
   Cai et al., Neural Routing in Meta Learning, 2022 (https://arxiv.org/abs/2210.07932).
