@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from machine import machine  # pyright: ignore[reportMissingImports]
-from sets import CALTECH, TEST_KEY, VALID_KEY, Set, caltech, make_set, meta_train  # pyright: ignore[reportMissingImports]
+from sets import CALTECH, TEST_KEY, TRAIN_KEY, VALID_KEY, Set, caltech, make_set, meta_train  # pyright: ignore[reportMissingImports]
 
 import jmeta as jm
 from jmeta.checkpoint import write_json
@@ -40,7 +40,7 @@ from jmeta.evaluate.cost import alternately, operations
 RESULTS = Path(__file__).parent / "results" / "nrml"
 STEPS = 5  # of the inner loop: a choice of channels depends on the task from the second on
 VALID_EPISODES, TEST_EPISODES = 300, 1000
-ROUTING_KEY, SPREAD_KEY = 4, 5  # folded into a seed's key
+ROUTING_KEY, SPREAD_KEY, START_KEY = 4, 5, 6  # folded into a seed's key
 RATES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 METHODS = ("nrml", "maml", "fonrml", "fomaml")
 STRENGTHS = (0.0, 1e-4, 1e-3)  # of slimming
@@ -54,6 +54,7 @@ CHANGES = {  # of NRML, one at a time: options of `jmeta.route`, or none where `
     "free": {},
     "apart": {},
     "lot": {},
+    "fixed": {},
 }
 APART = 10.0  # times the inner rate, of scales in "apart"
 SPREAD_TASKS = 200
@@ -119,7 +120,7 @@ def rule(way: Way, rate: float) -> Any:
         return descent
     options: dict[str, Any] = {name: way.keep if value == "keep" else value for name, value in CHANGES.get(way.change, {}).items()}
     routed = jm.route(way.keep, where=way.where, **options)
-    changed = {"free": from_second, "lot": drawn}.get(way.change)
+    changed = {"free": from_second, "lot": drawn, "fixed": fixed}.get(way.change)
     return jm.chain(routed if changed is None else changed(routed), descent)
 
 
@@ -135,10 +136,21 @@ def from_second(routed: jm.Rule) -> jm.Rule:
 
 def drawn(routed: jm.Rule) -> jm.Rule:
     """The rule with channels by lot at each step, for comparison: as if all scales were equal."""
+    return by_other(routed, jnp.ones_like)
+
+
+def fixed(routed: jm.Rule) -> jm.Rule:
+    """The rule with the same channels at all steps of all tasks, for comparison, whatever the scales are."""
+    lot = np.random.default_rng(START_KEY).permutation(256)  # no layer is larger
+    return by_other(routed, lambda scale: 1 + jnp.asarray(lot[: scale.size], scale.dtype))
+
+
+def by_other(routed: jm.Rule, scales: Any) -> jm.Rule:
+    """The rule that chooses by `scales(scale)` in the place of each scale."""
 
     def update(updates, state, params=None, **more):
-        equal = jax.tree.map(lambda leaf, scale: jnp.ones_like(leaf) if scale else leaf, params, are_scales(params))
-        return routed.update.update(updates, state, equal, **more)
+        other = jax.tree.map(lambda leaf, scale: scales(leaf) if scale else leaf, params, are_scales(params))
+        return routed.update.update(updates, state, other, **more)
 
     return routed._replace(update=optax.GradientTransformationExtraArgs(routed.update.init, update))
 
@@ -149,17 +161,17 @@ def are_scales(tree: Any) -> Any:
 
 
 def start(made: jm.MetaLearner, way: Way, seed: int) -> jm.Theta | None:
-    """Where "spread" starts from: scales that differ, so that the first choice is not by lot. None for the others."""
+    """Where "spread" starts from: as all do, but for scales that differ, so that the first choice is not by lot."""
     if way.change != "spread":
         return None
-    key_init, key_spread = jax.random.split(jax.random.fold_in(jax.random.key(seed), SPREAD_KEY))
-    theta = made.init(key_init)
-
+    key = jax.random.key(seed)
+    theta = made.init(jax.random.fold_in(key, TRAIN_KEY))  # that of `fit`
     params = {**theta.params}
     for number, name in enumerate(name for name in params if "norm" in params[name]):
         scale = params[name]["norm"]["scale"]
-        drawn = jax.random.uniform(jax.random.fold_in(key_spread, number), scale.shape, minval=0.5, maxval=1.5)
-        params[name] = {**params[name], "norm": {**params[name]["norm"], "scale": drawn}}
+        own = jax.random.fold_in(jax.random.fold_in(key, START_KEY), number)
+        apart = jax.random.uniform(own, scale.shape, minval=0.5, maxval=1.5)
+        params[name] = {**params[name], "norm": {**params[name]["norm"], "scale": apart}}
     return theta._replace(params=params)
 
 
@@ -182,7 +194,7 @@ def make_problem(name: str, source: str | None, seed: int, batch: int | None) ->
 
 
 def agreement(made: jm.MetaLearner, theta: jm.Theta, way: Way, seed: int) -> Any:
-    """Which channels tasks of unseen alphabets of Omniglot choose."""
+    """Which channels tasks of unseen classes of Omniglot choose, by alphabet; always of five ways."""
     key = jax.random.fold_in(jax.random.key(seed), ROUTING_KEY)
     options: Any = {name: value for name, value in CHANGES.get(way.change, {}).items() if name in ("score", "per")}
     unseen = jm.omniglot(split="customary", seed=seed).test
@@ -199,18 +211,24 @@ def spread(made: jm.MetaLearner, theta: jm.Theta, problem: Set, seed: int) -> di
     return {"channels": channels, "tasks": tasks}
 
 
-def valid(ways: list[Way], path: Path, asked: argparse.Namespace, agree: bool = False) -> None:
-    """Scores ways on validation classes of Omniglot 5w1s, and how far tasks agree on channels; what is there stays."""
+def valid(ways: list[Way], path: Path, asked: argparse.Namespace, beside: tuple[Way, ...] = ()) -> None:
+    """Scores ways on validation classes of Omniglot 5w1s; what is there stays.
+
+    With others beside them, also the gains over these, and how far tasks agree on channels.
+    """
     problem = make_problem("omniglot-5w1s", None, 0, asked.batch)
     fresh = {"machine": machine(), "meta_steps": asked.steps, "batch": problem.batch, "ways": {}}
     found = json.loads(path.read_text()) if path.exists() else fresh
     if found["batch"] != problem.batch:
         sys.exit(f"{path} is of meta-batches of {found['batch']} tasks, not of {problem.batch}; move it away")
+    others = {other.label: score(problem, "omniglot-5w1s", other, 0, asked, test=False)[2] for other in beside}
     for way in ways:
         if str(way) not in found["ways"] and way.method in asked.methods:
             made, theta, result = score(problem, "omniglot-5w1s", way, 0, asked, test=False)
             row = {**way._asdict(), "valid": [result.mean, result.interval], "episodes": VALID_EPISODES}
-            if agree and way.routed:
+            if beside:
+                row["gain"] = {label: jm.paired(result, other) for label, other in others.items()}
+            if beside and way.routed:
                 row["routing"] = agreement(made, theta, way, 0).figures()
                 row["spread"] = spread(made, theta, problem, 0)
                 print(row["routing"], row["spread"], flush=True)
@@ -224,7 +242,7 @@ def attempt(asked: argparse.Namespace) -> None:
     best, maml = chosen(asked, ("nrml", "maml"))
     ways = [best, *(best._replace(change=change) for change in CHANGES)]
     ways += [maml, *(maml._replace(change=change) for change in CONTROLS)]
-    valid(ways, RESULTS / f"attempts-{asked.steps}.json", asked, agree=True)
+    valid(ways, RESULTS / f"attempts-{asked.steps}.json", asked, beside=(best, maml))
 
 
 def chosen(asked: argparse.Namespace, methods: tuple[str, ...] = METHODS) -> list[Way]:
@@ -241,19 +259,24 @@ def chosen(asked: argparse.Namespace, methods: tuple[str, ...] = METHODS) -> lis
 def compare(seed: int, asked: argparse.Namespace) -> None:
     """Scores what was chosen on test classes, paired, and measures NRML's choices of channels."""
     path = RESULTS / f"{asked.name}-{asked.steps}-seed{seed}{'-' + asked.change if asked.change else ''}.json"
+    source, ways = caltech() if asked.name.startswith("caltech") else None, compared(asked)
+    problem = make_problem(asked.name, source, seed, asked.batch)
     if path.exists():
+        old = json.loads(path.read_text())
+        same = all(value == old[way.label][field] for way in ways for field, value in way._asdict().items())
+        if old["batch"] != problem.batch or not same:
+            sys.exit(f"{path} is of another batch or choice; move it away")
         return
     found: dict[str, Any] = {
         "machine": machine(),
         "seed": seed,
         "meta_steps": asked.steps,
+        "batch": problem.batch,
         "norm": "batch",
         "episodes": TEST_EPISODES,
     }
-    scores, source = {}, caltech() if asked.name.startswith("caltech") else None
-    problem = make_problem(asked.name, source, seed, asked.batch)
-    found["batch"] = problem.batch
-    for way in compared(asked):
+    scores = {}
+    for way in ways:
         made, theta, result = score(problem, asked.name, way, seed, asked, test=True)
         edge = not way.routed and way.rate in (RATES[0], RATES[-1])
         found[way.label] = {**way._asdict(), "edge": edge, "accuracy": [result.mean, result.interval]}

@@ -27,6 +27,7 @@ CHANGED = {  # of NRML
     "free": "the first step trains every channel",
     "apart": "scales adapt at ten times the rate",
     "lot": "channels are drawn by lot at each step",
+    "fixed": "channels are drawn once for all tasks",
 }
 ZAPPED = {"iid": "i.i.d.", "iid-zap": "i.i.d., zapped", "asb": "ASB", "asb-zap": "ASB, zapped"}
 FLOOR, FLOOR_FILTERS = 0.85, 64  # of ASB, zapped, frozen, 10 classes, without which the table of zapping does not count
@@ -358,10 +359,13 @@ def nrml_choice() -> str:
 def nrml_attempts() -> str:
     """The best NRML, and MAML, with one thing changed: accuracy, how far tasks agree on channels, and how far scales differ."""
     kinds = ("same classes", "other groups", "same minus other groups")
-    lines = _head(("method", "change", "accuracy", *kinds, "by chance", "scales differ between channels", "between tasks"))
+    titles = ("method", "change", "accuracy", "over NRML", "over MAML", *kinds, "by chance", "scales differ between channels")
+    lines = _head((*titles, "between tasks"))
     for path in sorted((RESULTS / "nrml").glob("attempts-*.json")):
         for way in json.loads(path.read_text())["ways"].values():
             cells = [NAMES[way["method"]], CHANGED[way["change"]], f"{100 * way['valid'][0]:.1f} ± {100 * way['valid'][1]:.1f}"]
+            pairs = [(way["gain"][other], other == way["method"] and not way["change"]) for other in ("nrml", "maml")]
+            cells += ["-" if itself else f"{100 * mean:+.1f} ± {100 * half:.1f}" for (mean, half), itself in pairs]
             if "routing" in way:
                 routing, spread = way["routing"], way["spread"]
                 cells += [f"{routing[kind][0]:.3f} ± {routing[kind][1]:.3f}" for kind in kinds]
@@ -375,7 +379,7 @@ def nrml_attempts() -> str:
 def nrml_changed() -> str:
     """A change on test classes: NRML and MAML with it, and MAML without; gains are paired by episode."""
     rows = defaultdict(list)
-    for path in sorted((RESULTS / "nrml").glob("*w*s-*-seed?-*.json")):
+    for path in _routed(changed=True):
         rows[path.stem.partition("-seed")[0], path.stem.rpartition("-")[2]].append(json.loads(path.read_text()))
     lines = _head(
         ("set", "meta-steps of tasks", "method", "change", "accuracy, each seed", "gain over MAML", "over MAML changed alike")
@@ -394,19 +398,26 @@ def nrml_changed() -> str:
 def nrml() -> str:
     """Routing against MAML: a row for each set and method, with the gains of NRML and FONRML on the same episodes."""
     rows = defaultdict(list)
-    for path in sorted((RESULTS / "nrml").glob("*w*s-*-seed?.json")):
+    for path in _routed(changed=False):
         rows[path.stem.rpartition("-seed")[0]].append(json.loads(path.read_text()))
-    lines = _head(("set", "meta-steps of tasks", "method", "channels", "accuracy, each seed", "gain of NRML", "gain of FONRML"))
+    titles = ("set", "meta-steps of tasks", "method", "channels", "accuracy, each seed")
+    lines = _head((*titles, "gain of NRML", "gain of FONRML", "gain of MAML"))
     for name, results in rows.items():
-        results.sort(key=lambda result: result["seed"])
         steps = f"{results[0]['meta_steps']:,} of {results[0]['batch']}"
         for method in ("nrml", "fonrml", "maml", "fomaml"):
             own = [result[method] for result in results]
             scores = ", ".join(f"{100 * each['accuracy'][0]:.1f} ± {100 * each['accuracy'][1]:.1f}" for each in own)
-            cells = [scores, *(_points(results, f"{routed} - {method}") for routed in ("nrml", "fonrml"))]
+            cells = [scores, *(_points(results, f"{other} - {method}") for other in ("nrml", "fonrml", "maml"))]
             channels = f"{own[0]['keep']} ({own[0]['where']})" if method.endswith("nrml") else "all"
             lines.append(f"| {name.rpartition('-')[0]} | {steps} | {NAMES[method]} | {channels} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _routed(changed: bool) -> list[Path]:
+    """Results of `nrml.py compare`, with or without a change, sets in their order, seeds in theirs."""
+    paths = [path for path in (RESULTS / "nrml").glob("*w*s-*-seed*.json") if path.stem[-1].isdigit() != changed]
+    seed = {path: int(path.stem.partition("-seed")[2].partition("-")[0]) for path in paths}
+    return sorted(paths, key=lambda path: (path.stem[0] == "c", "20w" in path.stem, seed[path]))
 
 
 def _points(results: list[dict], pair: str) -> str:
@@ -423,7 +434,7 @@ def overlap() -> str:
     """How far tasks of NRML agree on their channels: a row for each run, means over alphabets."""
     kinds = ("same classes", "same group", "other groups", "same minus other groups")
     lines = _head(("set", "method", "seed", *kinds, "by chance"))
-    for path in sorted((RESULTS / "nrml").glob("omniglot-*-seed?.json")):
+    for path in _routed(changed=False):
         found = json.loads(path.read_text())
         for method in (each for each in ("nrml", "fonrml") if "routing" in found.get(each, {})):
             routing = found[method]["routing"]

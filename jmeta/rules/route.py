@@ -15,8 +15,9 @@ in a new network, are drawn by lot, where the code takes the first channels. The
 """
 
 import math
+import numbers
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -44,14 +45,15 @@ def route(
 ) -> Rule:
     """Gives each task its own part of a network: `chain(route(0.5), optax.sgd(0.1))`.
 
-    Before the first inner step the scales are the meta-learned ones and the choice is the same for all tasks: it takes
-    `refresh="step"` and two steps or more to depend on the task. The choice itself has no gradient. Equal scales are drawn by the
-    step's key, but in predictions and for `keep_meta`, which have none, by a lot that is always the same.
+    Before the first inner step the scales are the meta-learned ones and, once these differ, the choice is the same for all tasks:
+    it takes `refresh="step"` and two steps or more to depend on the task. The choice itself has no gradient. Equal scales, as those
+    of a new network, are drawn by the step's key, but in predictions and for `keep_meta`, which have none, by a lot that is always
+    the same: while scales are equal, where="forward" may predict with other channels than those that a step has trained.
 
     In front of an optimiser gradients are masked, as in the released code, and behind it updates, `chain(optax.adam(1e-3),
     route(0.5))`. That is the same for plain gradient descent; an optimiser with momentum or decay moves filters that are not chosen
     unless the rule stands behind it. Patterns and `jmeta.only` take the optimiser, with the rule beside them,
-    `chain(route(0.5), only("head", optax.sgd(0.1)))`: inside `only` it reaches those layers alone.
+    `chain(route(0.5), only("head", optax.sgd(0.1)))`: inside `only` it reaches those layers alone, with their normalisations.
 
     Args:
       keep: share of the channels that are chosen, of every layer or a share for each, in the order of their names (`block2` before
@@ -61,8 +63,9 @@ def route(
       where: "update" trains the chosen filters (kernel and bias), "forward" silences all channels but the chosen; the filters of
         silent ones have no gradient, but for what they add to statistics taken over several channels (norm "group" or "layer").
       score: whether the scales' magnitudes or their signed values are compared.
-      refresh: whether the choice is made anew at each step, or holds for a task from its beginning; for where="forward" the latter
-        is kept as zeros in the scales and biases, so other resets stand in front of the rule.
+      refresh: whether the choice is made anew at each step, or holds for a task from its beginning; inside a pattern, for a layer
+        from its first step on. For where="forward" it is kept as zeros in the scales and biases, so other resets stand in front of
+        the rule, and channels whose scale and bias are 0 from the start stay silent.
       per: whether channels compete within their layer or, by `keep` alone, all with each other; each layer then keeps one at least.
       pairs: normalisations, and the layers before them whose channels they scale, as `(("block1/norm", "block1/conv"), ...)`. If
         None, the layers of as many channels and the same number beside them (`Conv_0` and `GroupNorm_0`), or the only ones; give
@@ -73,7 +76,8 @@ def route(
 
     Raises:
       ValueError: an argument is none of those; and, when the rule first meets the parameters, where they have no normalisation with
-        a scale, no layer can be told to be the one that it scales, or a layer would be left without channels.
+        a scale, no layer can be told to be the one that it scales, a layer would be left without channels, or filters are in sight
+        of the rule, but not the normalisation that scales them.
 
     >>> rule = route(0.5)
     >>> params = {"conv": {"kernel": jnp.ones((1, 1, 3, 4))}, "norm": {"scale": jnp.array([3.0, 1, -4, 1]), "bias": jnp.zeros(4)}}
@@ -204,7 +208,7 @@ class _Choice(NamedTuple):
     def check(self, name: str, argument: str, named: dict[str, tuple[str, tuple[str, ...]]]) -> None:
         """Refuses shares outside (0, 1] and words that mean nothing."""
         shares = self.keep if isinstance(self.keep, tuple) else (self.keep,)
-        if not shares or not all(isinstance(share, int | float) and 0 < share <= 1 for share in shares):
+        if not shares or not all(isinstance(share, numbers.Real) and 0 < share <= 1 for share in shares):
             raise ValueError(f"{name}: {argument} must be above 0 and at most 1, or a tuple of such shares, got {self.keep!r}.")
         if self.per == "global" and len(shares) > 1:
             raise ValueError(f"{name}: per='global' takes one share for all layers, got {argument} {self.keep!r}.")
@@ -234,6 +238,9 @@ def _update(choose: _Choice, refresh: str) -> optax.GradientTransformationExtraA
         return (jnp.array(np.iinfo(np.int32).max, jnp.int32), jnp.zeros(size, bool)) if refresh == "task" else ()
 
     def update(updates, state, params=None, *, step=0, key=None, **_):
+        if params is None:
+            raise ValueError("route: update needs params, as in rule.update.update(gradient, state, params).")
+        _check_seen(params, choose.pairs)
         chosen = choose(params, key)
         if refresh == "task" and chosen:
             last, kept = state
@@ -253,7 +260,7 @@ def _forward(choose: _Choice, refresh: str) -> dict[str, Any]:
         if refresh == "step":
             return _silent(params, choose(params, key))
         # Keeps what the task's beginning has set to 0 from coming back by its gradient.
-        return _silent(params, {path: scale != 0 for path, scale in choose.scales(params).items()})
+        return _silent(params, {path: _sounds(_at(params, path)) for path in choose.scales(params)})
 
     return {"gate": gate, "private": refresh == "task"}
 
@@ -265,13 +272,19 @@ def _silent(params: Params, chosen: dict[Path, jax.Array]) -> Params:
     return params
 
 
+def _sounds(norm: Mapping[str, jax.Array]) -> jax.Array:
+    """The channels whose scale or bias is not 0."""
+    return jnp.any(jnp.stack([leaf != 0 for leaf in norm.values()]), 0)
+
+
 def _by_filter(tree: Any, params: Params, chosen: dict[Path, jax.Array], pairs: tuple[tuple[str, str], ...] | None) -> Any:
     """A tree like the parameters, 0 at the kernels and biases of filters that are not chosen."""
     layers = paired(params, pairs)
     for path, here in chosen.items():
         for layer in layers.get(path, [])[:1]:  # none where the layer is masked
             own = _at(tree, layer)
-            own = {**own, **{name: jnp.where(here, own[name], 0) for name in ("kernel", "bias") if name in own}}
+            seen = [name for name in ("kernel", "bias") if not isinstance(own.get(name, optax.MaskedNode()), optax.MaskedNode)]
+            own = {**own, **{name: jnp.where(here, own[name], 0) for name in seen}}
             tree = _with(tree, layer, own)
     return tree
 
@@ -308,9 +321,30 @@ def check_pairs(params: Params, pairs: tuple[tuple[str, str], ...] | None = None
             )
 
 
+def _check_seen(params: Params, pairs: tuple[tuple[str, str], ...] | None) -> None:
+    """Refuses filters in sight whose normalisation is masked: all of them would be trained."""
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode))
+    masked = {tuple(key.key for key in path) for path, leaf in leaves if isinstance(leaf, optax.MaskedNode)}
+    for *path, name in masked:
+        norm = tuple(path)
+        if name != "scale" or "kernel" in _at(params, norm):
+            continue
+        layers = _around(params, norm) if pairs is None else [_path(params, layer) for each, layer in pairs if each == _text(norm)]
+        for layer in (each for each in layers if hasattr(_at(params, each).get("kernel"), "shape")):
+            raise ValueError(
+                f"route: it sees {_text(layer)}, but not {_text(norm)} beside it, whose scales choose its filters. Usual cause: "
+                "only('a/layer', chain(route(0.5), ...)); name the normalisation too, or chain(route(0.5), only(...))."
+            )
+
+
 def _beside(params: Params, norm: Path, scale: jax.Array) -> list[Path]:
     """The layers of as many channels beside a normalisation: the one of its number, or those that have none."""
-    fitting = [name for name, part in _at(params, norm[:-1]).items() if _fits(part, scale)]
+    return _around(params, norm, lambda part: _fits(part, scale))
+
+
+def _around(params: Params, norm: Path, fits: Callable[[Any], bool] = lambda part: isinstance(part, Mapping)) -> list[Path]:
+    """The parts beside a normalisation that fit: the one of its number, or those that have none."""
+    fitting = [name for name, part in _at(params, norm[:-1]).items() if fits(part)]
     number = _number(norm[-1])
     same = [name for name in fitting if number and _number(name) == number]
     return [(*norm[:-1], name) for name in same or (name for name in fitting if not (number and _number(name)))]

@@ -45,7 +45,8 @@ def only(layers: str | tuple[str, ...], rule: Rule | optax.GradientTransformatio
       A rule.
 
     Raises:
-      ValueError: a name is not in the parameters; raised when the rule first meets them.
+      ValueError: the rule silences channels for one task (`route`) and has other resets beside that; and, when the rule first meets
+        the parameters, where a name is not in them.
 
     >>> rule = only("head", optax.sgd(0.1))
     >>> params = {"body": jnp.ones(2), "head": jnp.ones(1)}
@@ -54,12 +55,17 @@ def only(layers: str | tuple[str, ...], rule: Rule | optax.GradientTransformatio
     body 0.0, head -0.1
     """
     names = (layers,) if isinstance(layers, str) else tuple(layers)
+    inner = chain(rule)
+    if inner.private and [part for part in inner.parts or () if part.reset != Rule("").reset and not part.private]:
+        raise ValueError(
+            "only: the rule silences parts of the network for one task and has other resets beside; give each an only of its own, "
+            "chain(only(layers, reset), only(layers, route(..., where='forward', refresh='task')), only(layers, optax.sgd(0.1)))."
+        )
 
     def label(params):
         frozen = jax.tree.map(lambda _: "frozen", params)
         return with_layers(frozen, {name: jax.tree.map(lambda _: "adapted", layer_of(params, name, "only")) for name in names})
 
-    inner = chain(rule)
     update = optax.partition({"adapted": inner.update, "frozen": optax.set_to_zero()}, label)
 
     def among(params, changed):

@@ -7,7 +7,8 @@ References:
   (https://arxiv.org/abs/1708.06519), section 3, and its code.
 
 Differs from the paper in: of `n` channels exactly `floor(n * fraction)` are cut, where its code cuts the threshold's own channel
-too; every layer keeps a channel at least; equal scales are drawn by lot.
+too; every layer keeps a channel at least; equal scales are drawn by lot. Its code starts scales at 0.5, takes SGD with momentum and
+fine-tunes what is left; here scales start as the network has them, and the optimiser and what follows are the user's.
 """
 
 import itertools

@@ -102,7 +102,13 @@ def test_all_channels_compete_and_each_layer_keeps_one():
 
 def test_shares_are_taken_as_written():
     params = {"a": {"scale": jnp.arange(100.0)}}
-    for keep, count in ((0.29, 29), (0.57, 57), (0.999, 99), (0.01, 1)):  # 0.29 * 100 is below 29 in floating point
+    for keep, count in (
+        (0.29, 29),
+        (0.57, 57),
+        (0.999, 99),
+        (0.01, 1),
+        (np.float32(0.25), 25),
+    ):  # 0.29 * 100 is below 29 in floating point
         assert int(jm.channels(params, keep)["a"].sum()) == count
 
 
@@ -116,6 +122,64 @@ def test_equal_scales_are_drawn_by_lot(key):
     assert not np.array_equal(np.flatnonzero(fixed), np.arange(16))
     higher = {"norm": {"scale": jnp.ones(64).at[:8].set(2.0)}}
     assert jax.vmap(lambda key: jm.channels(higher, 0.25, key=key)["norm"])(keys)[:, :8].all()
+
+
+def test_shares_are_those_of_the_layers_in_natural_order(key):
+    """Of `block2` and `block10`: also in what a rule trains, and in what it uses."""
+    sizes = {"block2": 0.25, "block10": 0.75}
+    params = {name: {"dense": {"kernel": jnp.ones((3, 8))}, "norm": {"scale": jnp.arange(1.0, 9)}} for name in reversed(sizes)}
+    chosen = jm.channels(params, tuple(sizes.values()))
+    assert {name: int(own.sum()) for name, own in chosen.items()} == {"block2/norm": 2, "block10/norm": 6}
+    rule = jm.route(tuple(sizes.values())).update
+    trained, _ = rule.update(params, rule.init(params), params)
+    used = jm.route(tuple(sizes.values()), where="forward").gate(params, step=0, hyper=(), key=key)
+    for name, share in sizes.items():
+        assert (trained[name]["dense"]["kernel"] != 0).all(0).sum() == 8 * share
+        assert (used[name]["norm"]["scale"] != 0).sum() == 8 * share
+
+
+def test_equal_scales_are_drawn_by_the_key_in_what_is_used_too(key):
+    params, rule = NET.init(key), jm.route(KEEP, where="forward")
+    one, same, other = (rule.gate(params, step=0, hyper=(), key=jax.random.key(each)) for each in (1, 1, 2))
+    chex.assert_trees_all_equal(one, same)
+    silent = [np.asarray(each["layer1"]["norm"]["scale"] == 0) for each in (one, other)]
+    assert silent[0].sum() == silent[1].sum() == 5 and not np.array_equal(*silent)
+
+
+def test_a_chosen_channel_whose_scale_is_0_is_not_silenced(key):
+    """It has a bias, and learns a scale."""
+    theta = _theta(key)
+    norm = {"scale": jnp.zeros(8), "bias": jnp.arange(1.0, 9)}
+    theta = theta._replace(params={**theta.params, "layer1": {**theta.params["layer1"], "norm": norm}})
+    learner = _learner(jm.route(KEEP, where="forward", refresh="task"), steps=2)
+    found = learner.adapt(key, theta, _task(key).support).params["layer1"]["norm"]["scale"]
+    assert (found != 0).sum() == 3
+
+
+def test_inside_only_the_normalisation_must_be_in_sight(key):
+    theta, support = _theta(key), _task(key).support
+    routed = jm.chain(jm.route(KEEP, refresh="task"), optax.sgd(0.1))
+
+    def adapted(layers):
+        return jm.maml(NET, jm.xent, jm.only(layers, routed), jm.repeat(2)).adapt(key, theta, support).params
+
+    with pytest.raises(ValueError, match=r"it sees layer1/dense, but not layer1/norm.*chain\(route\(0.5\), only"):
+        adapted(("layer1/dense", "head"))
+    for layers in (("layer1/norm", "layer1/dense"), ("layer1/norm", "layer1/dense/kernel")):
+        moved = (adapted(layers)["layer1"]["dense"]["kernel"] != theta.params["layer1"]["dense"]["kernel"]).any(0)
+        np.testing.assert_array_equal(moved, jm.channels(theta.params, KEEP)["layer1/norm"])
+    adapted("head")
+
+
+def test_inside_only_other_resets_stand_apart(key):
+    """What a task alone silences is given back to Reptile; what a reset draws anew is its own."""
+    silencing, layers = jm.route(KEEP, where="forward", refresh="task"), NET.layers
+    with pytest.raises(ValueError, match=r"only: the rule silences parts.*give each an only of its own"):
+        jm.only(layers, jm.chain(jm.zap("head"), silencing, optax.sgd(0.1)))
+    apart = jm.chain(jm.only(layers, jm.zap("head")), jm.only(layers, silencing), optax.sgd(0.0))
+    gradient, _ = _grad(key, jm.reptile(NET, jm.xent, apart, jm.repeat(2)), _theta(key))
+    assert jnp.abs(gradient.params["head"]["kernel"]).max() > 0.01
+    chex.assert_trees_all_equal(*(jax.tree.map(scale, gradient.params["layer1"]) for scale in (jnp.zeros_like, lambda g: g)))
 
 
 def test_a_new_network_gives_tasks_of_other_keys_other_filters(key):
@@ -363,6 +427,8 @@ def test_every_network_of_jmeta_tells_its_pairs(key):
         (lambda: jm.route(0.5, refresh="never"), "refresh must be"),
         (lambda: jm.route(0.5, per="block"), "per must be"),
         (lambda: jm.route((0.5, 0.5), per="global"), "one share for all layers"),
+        (lambda: jm.route("half"), "keep must be above 0"),
+        (lambda: jm.route(0.5).update.update({}, ()), "route: update needs params"),
         (lambda: jm.route(0.1).init(NET.init(jax.random.key(0))), "left without channels, keep 0.1 of 8"),
         (lambda: jm.route(0.5, keep_meta=0.1).init(NET.init(jax.random.key(0))), "left without channels, keep 0.1 of 8"),
         (lambda: jm.route((0.5,)).init(NET.init(jax.random.key(0))), "1 shares for 2 normalisations"),
