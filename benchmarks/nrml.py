@@ -5,7 +5,6 @@
     python benchmarks/nrml.py compare omniglot-5w1s --seeds 0 1 2     what was chosen, on test classes
     python benchmarks/nrml.py compare omniglot-20w1s --seeds 0 1 2 --steps 2000
     python benchmarks/nrml.py compare caltech-5w1s --seeds 0
-    python benchmarks/nrml.py compare omniglot-5w1s --change spread   the best attempt, beside MAML changed alike and as it was
     python benchmarks/nrml.py prune --seeds 0                         half of a slimming-trained network cut away
 
 `choose` trains NRML in two modes at three shares of channels, and MAML at as many inner rates, each in second and in first order,
@@ -13,7 +12,8 @@ on the same tasks, and keeps the best of each by 300 validation episodes. `attem
 and of MAML what has nothing to do with routing. `compare` trains what was chosen for as many meta-steps and tests it on the same
 1,000 episodes; rates are multiples of the set's in `sets.py`. Then it measures which channels tasks choose and how far they agree,
 within alphabets and across. `prune` meta-trains MAML with scales drawn towards 0 by several strengths and tests each network on the
-same episodes whole, with half of its channels silent, and without them. Runs and results are kept and gone on with.
+same episodes whole, with half of its channels silent, without them, and so meta-trained further. Runs and results are kept and gone
+on with.
 
 References:
   Cai et al., Neural Routing in Meta Learning, 2022 (https://arxiv.org/abs/2210.07932).
@@ -44,7 +44,7 @@ ROUTING_KEY, SPREAD_KEY, START_KEY = 4, 5, 6  # folded into a seed's key
 RATES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 METHODS = ("nrml", "maml", "fonrml", "fomaml")
 STRENGTHS = (0.0, 1e-4, 1e-3)  # of slimming
-CUT = 0.5  # of all channels
+CUT, MORE = 0.5, 300  # of all channels; meta-steps thereafter
 CHANGES = {  # of NRML, one at a time: options of `jmeta.route`, or none where `rule` or `start` makes the change
     "signed": {"score": "signed"},
     "global": {"per": "global"},
@@ -82,11 +82,6 @@ class Way(NamedTuple):
         """Its name in a result."""
         first = f"{self.method}-{self.where}-{self.keep}" if self.routed else f"{self.method}-{self.rate}"
         return f"{first}-{self.change}" if self.change else first
-
-    @property
-    def label(self) -> str:
-        """Its name in a comparison."""
-        return f"{self.method}-{self.change}" if self.change else self.method
 
     @property
     def routed(self) -> bool:
@@ -221,7 +216,7 @@ def valid(ways: list[Way], path: Path, asked: argparse.Namespace, beside: tuple[
     found = json.loads(path.read_text()) if path.exists() else fresh
     if found["batch"] != problem.batch:
         sys.exit(f"{path} is of meta-batches of {found['batch']} tasks, not of {problem.batch}; move it away")
-    others = {other.label: score(problem, "omniglot-5w1s", other, 0, asked, test=False)[2] for other in beside}
+    others = {other.method: score(problem, "omniglot-5w1s", other, 0, asked, test=False)[2] for other in beside}
     for way in ways:
         if str(way) not in found["ways"] and way.method in asked.methods:
             made, theta, result = score(problem, "omniglot-5w1s", way, 0, asked, test=False)
@@ -258,12 +253,12 @@ def chosen(asked: argparse.Namespace, methods: tuple[str, ...] = METHODS) -> lis
 
 def compare(seed: int, asked: argparse.Namespace) -> None:
     """Scores what was chosen on test classes, paired, and measures NRML's choices of channels."""
-    path = RESULTS / f"{asked.name}-{asked.steps}-seed{seed}{'-' + asked.change if asked.change else ''}.json"
-    source, ways = caltech() if asked.name.startswith("caltech") else None, compared(asked)
+    path = RESULTS / f"{asked.name}-{asked.steps}-seed{seed}.json"
+    source, ways = caltech() if asked.name.startswith("caltech") else None, chosen(asked)
     problem = make_problem(asked.name, source, seed, asked.batch)
     if path.exists():
         old = json.loads(path.read_text())
-        same = all(value == old[way.label][field] for way in ways for field, value in way._asdict().items())
+        same = all(value == old[way.method][field] for way in ways for field, value in way._asdict().items())
         if old["batch"] != problem.batch or not same:
             sys.exit(f"{path} is of another batch or choice; move it away")
         return
@@ -279,31 +274,24 @@ def compare(seed: int, asked: argparse.Namespace) -> None:
     for way in ways:
         made, theta, result = score(problem, asked.name, way, seed, asked, test=True)
         edge = not way.routed and way.rate in (RATES[0], RATES[-1])
-        found[way.label] = {**way._asdict(), "edge": edge, "accuracy": [result.mean, result.interval]}
+        found[way.method] = {**way._asdict(), "edge": edge, "accuracy": [result.mean, result.interval]}
         print(f"{asked.name}, seed {seed}, {way}: {result}", flush=True)
         if way.routed and asked.name.startswith("omniglot"):
             routed = agreement(made, theta, way, seed)
             routed.plot(path.with_name(f"{path.stem}-{way.method}-routing.png"))
-            found[way.label] |= {"routing": routed.figures(), "spread": spread(made, theta, problem, seed)}
+            found[way.method] |= {"routing": routed.figures(), "spread": spread(made, theta, problem, seed)}
             print(routed, flush=True)
-        scores[way.label] = result
+        scores[way.method] = result
     found["gain"] = {f"{one} - {other}": jm.paired(scores[one], scores[other]) for one, other in itertools.permutations(scores, 2)}
     write_json(path, found)
     print(found["gain"], flush=True)
 
 
-def compared(asked: argparse.Namespace) -> list[Way]:
-    """What was chosen; or NRML and MAML with a change, and MAML without."""
-    if not asked.change:
-        return chosen(asked)
-    nrml, maml = chosen(asked, ("nrml", "maml"))
-    return [nrml._replace(change=asked.change), maml._replace(change=asked.change), maml]
-
-
 def prune(seed: int, asked: argparse.Namespace) -> None:
     """Half of the channels of MAML's networks cut, with and without slimming: size, latency and accuracy before and after."""
     path = RESULTS / f"prune-{asked.steps}-seed{seed}.json"
-    found = json.loads(path.read_text()) if path.exists() else {"machine": machine(), "seed": seed, "cut": CUT, "strengths": {}}
+    fresh = {"machine": machine(), "seed": seed, "cut": CUT, "meta_steps_after": MORE, "strengths": {}}
+    found = json.loads(path.read_text()) if path.exists() else fresh
     problem, (way,) = make_problem("omniglot-5w1s", None, seed, asked.batch), chosen(asked, ("maml",))
     found |= {"meta_steps": asked.steps, "batch": problem.batch, "norm": "batch", "episodes": TEST_EPISODES}
     for strength in STRENGTHS:
@@ -313,17 +301,19 @@ def prune(seed: int, asked: argparse.Namespace) -> None:
         folder = asked.runs / f"{asked.steps}x{problem.batch}" / f"prune-seed{seed}" / f"{strength:g}"
         about = {**way._asdict(), "inner_steps": STEPS, "slimming": strength}
         theta = meta_train(made, problem, seed, asked.steps, folder, about, before=jm.slimming(strength))
-        found["strengths"][f"{strength:g}"] = cut(problem, way, theta, seed)
+        found["strengths"][f"{strength:g}"] = cut(problem, way, theta, seed, folder.with_name(f"{strength:g}-cut"))
         write_json(path, found)
         print(f"slimming {strength:g}: {found['strengths'][f'{strength:g}']}", flush=True)
 
 
-def cut(problem: Set, way: Way, theta: jm.Theta, seed: int) -> dict[str, Any]:
-    """Of one network, whole, with half of its channels silent, without them, and with as many others silent, drawn by lot."""
+def cut(problem: Set, way: Way, theta: jm.Theta, seed: int, folder: Path) -> dict[str, Any]:
+    """Of one network, whole, with half of its channels silent, or as many others, drawn by lot; and cut, also trained further."""
     small = jm.prune(theta, CUT, layers=problem.model.layers)
     smaller = problem._replace(model=jm.conv4(5, filters=small.filters))
+    about = {**way._asdict(), "inner_steps": STEPS, "filters": small.filters}
+    further = meta_train(learner(smaller, way), smaller, seed, MORE, folder, about, theta=small.theta)
     nets = {"whole": (problem, theta), "silent": (problem, small.masked), "cut": (smaller, small.theta)}
-    nets["silent by lot"] = problem, by_lot(theta, small, np.random.default_rng(seed))
+    nets |= {"trained further": (smaller, further), "silent by lot": (problem, by_lot(theta, small, np.random.default_rng(seed)))}
     rows, scores, calls, key = {}, {}, [], jax.random.fold_in(jax.random.key(seed), TEST_KEY)
     task = problem.test.draw(key)
     for name, (own, at) in nets.items():
@@ -337,8 +327,9 @@ def cut(problem: Set, way: Way, theta: jm.Theta, seed: int) -> dict[str, Any]:
         rows[name] = {"parameters": size, "operations": operations(solve, at, task), "accuracy": accuracy}
     for name, seconds in zip(nets, alternately(calls), strict=True):
         rows[name]["seconds"] = seconds
-    pairs = {f"cut - {name}": jm.paired(scores["cut"], scores[name]) for name in ("whole", "silent by lot")}
-    return {"networks": rows, "filters": small.filters, **pairs}
+    for name in rows:
+        rows[name]["over whole"] = jm.paired(scores[name], scores["whole"])
+    return {"networks": rows, "filters": small.filters}
 
 
 def by_lot(theta: jm.Theta, small: Any, rng: np.random.Generator) -> jm.Theta:
@@ -362,7 +353,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1200, help="meta-steps")
     parser.add_argument("--batch", type=int, help="tasks of a meta-step; the set's if not given")
     parser.add_argument("--choice", type=int, default=500, help="meta-steps of the choice that is compared")
-    parser.add_argument("--change", choices=CONTROLS, default="", help="compare NRML and MAML that are changed so")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="of the choice")
     parser.add_argument("--runs", type=Path, default=Path("runs") / "nrml")
     asked = parser.parse_args()

@@ -376,29 +376,10 @@ def nrml_attempts() -> str:
     return "\n".join(lines)
 
 
-def nrml_changed() -> str:
-    """A change on test classes: NRML and MAML with it, and MAML without; gains are paired by episode."""
-    rows = defaultdict(list)
-    for path in _routed(changed=True):
-        rows[path.stem.partition("-seed")[0], path.stem.rpartition("-")[2]].append(json.loads(path.read_text()))
-    lines = _head(
-        ("set", "meta-steps of tasks", "method", "change", "accuracy, each seed", "gain over MAML", "over MAML changed alike")
-    )
-    for (name, change), results in rows.items():
-        steps = f"{results[0]['meta_steps']:,} of {results[0]['batch']}"
-        for label in (f"nrml-{change}", f"maml-{change}", "maml"):
-            own = [result[label] for result in results]
-            scores = ", ".join(f"{100 * each['accuracy'][0]:.1f} ± {100 * each['accuracy'][1]:.1f}" for each in own)
-            cells = [scores, *(_points(results, f"{label} - {other}") for other in ("maml", f"maml-{change}"))]
-            first = f"{name.rpartition('-')[0]} | {steps} | {NAMES[own[0]['method']]} | {CHANGED[own[0]['change']]}"
-            lines.append(f"| {first} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def nrml() -> str:
     """Routing against MAML: a row for each set and method, with the gains of NRML and FONRML on the same episodes."""
     rows = defaultdict(list)
-    for path in _routed(changed=False):
+    for path in _routed():
         rows[path.stem.rpartition("-seed")[0]].append(json.loads(path.read_text()))
     titles = ("set", "meta-steps of tasks", "method", "channels", "accuracy, each seed")
     lines = _head((*titles, "gain of NRML", "gain of FONRML", "gain of MAML"))
@@ -413,11 +394,10 @@ def nrml() -> str:
     return "\n".join(lines)
 
 
-def _routed(changed: bool) -> list[Path]:
-    """Results of `nrml.py compare`, with or without a change, sets in their order, seeds in theirs."""
-    paths = [path for path in (RESULTS / "nrml").glob("*w*s-*-seed*.json") if path.stem[-1].isdigit() != changed]
-    seed = {path: int(path.stem.partition("-seed")[2].partition("-")[0]) for path in paths}
-    return sorted(paths, key=lambda path: (path.stem[0] == "c", "20w" in path.stem, seed[path]))
+def _routed() -> list[Path]:
+    """Results of `nrml.py compare`, sets in their order, seeds in theirs."""
+    seed = {path: int(path.stem.partition("-seed")[2]) for path in (RESULTS / "nrml").glob("*w*s-*-seed*.json")}
+    return sorted(seed, key=lambda path: (path.stem[0] == "c", "20w" in path.stem, seed[path]))
 
 
 def _points(results: list[dict], pair: str) -> str:
@@ -434,7 +414,7 @@ def overlap() -> str:
     """How far tasks of NRML agree on their channels: a row for each run, means over alphabets."""
     kinds = ("same classes", "same group", "other groups", "same minus other groups")
     lines = _head(("set", "method", "seed", *kinds, "by chance"))
-    for path in _routed(changed=False):
+    for path in _routed():
         found = json.loads(path.read_text())
         for method in (each for each in ("nrml", "fonrml") if "routing" in found.get(each, {})):
             routing = found[method]["routing"]
@@ -446,14 +426,16 @@ def overlap() -> str:
 
 def pruned() -> str:
     """Half of the channels of conv4 cut, trained with and without slimming: a row for each network."""
-    lines = _head(("slimming", "seed", "network", "parameters", "operations, x 1e6", "ms a task", "accuracy"))
+    lines = _head(("slimming", "filters left", "network", "parameters", "operations, x 1e6", "ms a task", "accuracy", "change"))
     for path in sorted((RESULTS / "nrml").glob("prune-*-seed*.json")):
         found = json.loads(path.read_text())
         for strength, row in found["strengths"].items():
             for name, own in row["networks"].items():
-                size = f"{own['parameters']:,} | {own['operations'] / 1e6:.0f} | {1e3 * own['seconds']:.2f}"
+                size = f"{own['parameters']:,} | {own['operations'] / 1e6:.0f} | {1e3 * own['seconds']:.1f}"
                 score = f"{100 * own['accuracy'][0]:.1f} ± {100 * own['accuracy'][1]:.1f}"
-                lines.append(f"| {strength} | {found['seed']} | {name} | {size} | {score} |")
+                mean, half = own["over whole"]
+                change = "-" if name == "whole" else f"{100 * mean:+.1f} ± {100 * half:.1f}"
+                lines.append(f"| {strength} | {', '.join(map(str, row['filters']))} | {name} | {size} | {score} | {change} |")
     return "\n".join(lines)
 
 
@@ -546,7 +528,6 @@ def fill(text: str) -> str:
         nrml_choice,
         nrml_attempts,
         nrml,
-        nrml_changed,
         overlap,
         pruned,
         metanas,
