@@ -73,7 +73,7 @@ def _train(args: list[str]) -> None:
         return _resume(args)
     named = bool(args) and not args[0].startswith("-")
     name = args[0] if named else presets.DEFAULT
-    default = pretrain.PRESETS[name] if name in pretrain.PRESETS else presets.preset(name)
+    default = pretrain.PRESETS[name] if name in pretrain.PRESETS else presets.preset(name, tuple(pretrain.PRESETS))
     prog = f"jmeta train {name}"
     where, config = _parse(prog, args[named:], default)
     if where.distributed and where.out is None:
@@ -141,7 +141,8 @@ def main() -> None:
             function = pretraining.evaluate if is_protocol else shown[command]
             if command == "compare" and any(arg.startswith("--learners") for arg in rest):
                 function = comparison.compare
-            print(tyro.cli(function, prog=f"jmeta {command}", args=rest))
+            made = tyro.cli(function, prog=f"jmeta {command}", args=rest)
+            print(*made if isinstance(made, list) else [made], sep="\n")
         elif command in silent:
             tyro.cli(silent[command], prog=f"jmeta {command}", args=rest)
         else:

@@ -150,7 +150,10 @@ def check_workdir(workdir: str | Path, resume: bool) -> None:
         raise FileExistsError(f"workdir: {workdir} is a file; a folder is expected.")
     started = (folder / "run.json").is_file()
     if started and not resume:
-        raise FileExistsError(f"workdir: {workdir} holds a run already. Ask for resume to go on with it, or give another folder.")
+        raise FileExistsError(
+            f"workdir: {workdir} holds a run already. To go on with it: resume=True, or jmeta train --resume {workdir}; else give "
+            "another folder."
+        )
     if not started and folder.is_dir() and any(folder.iterdir()):
         raise FileExistsError(f"workdir: {workdir} is not empty and holds no run of jmeta; give a new or an empty folder.")
 

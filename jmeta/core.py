@@ -104,6 +104,11 @@ class Tasks(NamedTuple):
     stage: Callable[[Array], Any] | None = None
     classes: int | None = None
 
+    def __repr__(self) -> str:
+        """Its function and the shapes of its data."""
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), self.data)
+        return f"Tasks({_qualified(self.sample)}, data={shapes})"
+
     def draw(self, key: Array) -> Task:
         """One task, wherever the data lives; outside of compiled functions."""
         data = self.data if self.stage is None else jax.tree.map(lambda leaf: leaf[0], self.stage(key[None]))
@@ -367,6 +372,39 @@ def evaluate_loss(loss: Callable[..., Array], outputs: Array, batch: Batch) -> A
     return loss(outputs, batch.y) if batch.mask is None else loss(outputs, batch.y, batch.mask)
 
 
+def check_kinds(name: str, key: Any, learner: Any, tasks: Any, theta: Any = None) -> None:
+    """Refuses arguments that are something else, as where one was left out.
+
+    Raises:
+      TypeError: key is no typed key, learner no `MetaLearner`, tasks no `Tasks`, or theta neither a `Theta` nor None.
+    """
+    if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        raise TypeError(f"{name}: key must be a typed key as jax.random.key(0) makes it, got {type(key).__name__}.")
+    for argument, value, kind in (("learner", learner, MetaLearner), ("tasks", tasks, Tasks)):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name}: {argument} must be a jmeta.{kind.__name__}, got {type(value).__name__}.")
+    if theta is not None and not isinstance(theta, Theta):
+        raise TypeError(
+            f"{name}: theta must be a jmeta.Theta, got {type(theta).__name__}. Usual causes: its params alone, or what fit "
+            "returns; take fit(...).theta."
+        )
+
+
+def check_parts(model: Any, data: Any) -> None:
+    """Refuses what is no network, or says nothing of what the inner steps see.
+
+    Raises:
+      TypeError: it is so.
+    """
+    if not isinstance(model, Model):
+        raise TypeError(
+            f"model: a jmeta.Model is expected, got {type(model).__name__}. Usual cause: a Flax module; "
+            "jm.from_linen(module, example) or jm.from_nnx(make, example) makes a model of it."
+        )
+    if not isinstance(data, Data):
+        raise TypeError(f"data: what the inner steps see is expected, as jm.repeat(5) for five steps, got {data!r}.")
+
+
 def inner_loop(
     model: Model,
     loss: Callable[..., Array],
@@ -397,7 +435,9 @@ def inner_loop(
 
     Raises:
       ValueError: `carry_state` is asked for under a rule whose reset is a task's alone, which that state would undo.
+      TypeError: the model or the data is none.
     """
+    check_parts(model, data)
     rule = chain(rule)
     if carry_state and rule.private:
         raise ValueError(

@@ -4,7 +4,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.core import Tracer
 
 
 def masked_mean(values: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -21,9 +23,13 @@ def xent(outputs: jax.Array, y: jax.Array, mask: jax.Array | None = None) -> jax
     The MAML paper's code sums over the ways * shots examples and divides by the shots, which is `ways` times this mean: its
     inner rates of 0.4, 0.1 and 0.01 correspond to 2.0, 2.0 and 0.05 here.
 
+    Raises:
+      ValueError: the targets are no class labels; or, outside of compiled functions, a label has no output.
+
     >>> print(f"{xent(jnp.zeros((3, 2)), jnp.array([0, 1, 1])):.4f}")
     0.6931
     """
+    _check_labels("xent", outputs, y)
     return masked_mean(optax.softmax_cross_entropy_with_integer_labels(outputs, y), mask)
 
 
@@ -45,14 +51,28 @@ def accuracy(outputs: jax.Array, y: jax.Array, mask: jax.Array | None = None) ->
     """Share of examples whose largest logit `[N, classes]` is at the integer label `[N]`, from 0 to 1.
 
     Raises:
-      ValueError: the targets are no class labels.
+      ValueError: as for `xent`.
     """
+    _check_labels("accuracy", outputs, y)
+    return masked_mean((outputs.argmax(-1) == y).astype(jnp.float32), mask)
+
+
+def _check_labels(name: str, outputs: jax.Array, y: jax.Array) -> None:
+    """Refuses targets that are no labels of these outputs; their values are known outside of compiled functions alone."""
     if not jnp.issubdtype(y.dtype, jnp.integer) or y.shape != outputs.shape[:-1]:
         raise ValueError(
-            f"accuracy: y must be integer labels of shape {outputs.shape[:-1]}, got {y.dtype} {y.shape}. Usual cause: regression "
-            "tasks; give fewshot or Validation a metric of their own, such as metric=jm.mse."
+            f"{name}: y must be integer labels of shape {outputs.shape[:-1]}, got {y.dtype} {y.shape}. Usual causes: one-hot or "
+            "float labels, labels of other examples, or regression tasks; take jm.mse as their loss, and "
+            "metric=jm.mse in fewshot and Validation."
         )
-    return masked_mean((outputs.argmax(-1) == y).astype(jnp.float32), mask)
+    if isinstance(y, Tracer) or not y.size:
+        return
+    least, most, classes = int(np.asarray(y).min()), int(np.asarray(y).max()), outputs.shape[-1]
+    if least < 0 or most >= classes:
+        raise ValueError(
+            f"{name}: labels must be from 0 to {classes - 1}, one for each output, got {least} to {most}. Usual causes: labels "
+            "that start at 1, or a network made for fewer ways."
+        )
 
 
 def measure(outputs: Any, y: Any, mask: jax.Array | None = None) -> dict[str, jax.Array]:

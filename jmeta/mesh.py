@@ -41,7 +41,13 @@ def use_cores(count: int | None = None) -> None:
     if count is not None and count < 1:
         raise ValueError(f"use_cores: count must be at least 1, got {count}.")
     if FORCED not in os.environ.get("XLA_FLAGS", "") and "JAX_NUM_CPU_DEVICES" not in os.environ:
-        jax.config.update("jax_num_cpu_devices", min(usable_cores(), MOST_CORES) if count is None else count)
+        try:
+            jax.config.update("jax_num_cpu_devices", min(usable_cores(), MOST_CORES) if count is None else count)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"use_cores: JAX has computed already, and has its {jax.device_count()} devices. Call it first of all, before "
+                "jax.random.key; in a notebook restart the kernel."
+            ) from error
 
 
 def usable_cores() -> int:

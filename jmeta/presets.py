@@ -307,15 +307,19 @@ PRESETS: dict[str, Config] = {
 DEFAULT = "maml-glyphs-5w1s"
 
 
-def preset(name: str) -> Config:
+def preset(name: str, others: tuple[str, ...] = ()) -> Config:
     """The configuration of that name.
+
+    Args:
+      name: one of PRESETS.
+      others: names that may have been meant as well.
 
     Raises:
       ValueError: there is none; the nearest name is given.
     """
     if name in PRESETS:
         return PRESETS[name]
-    near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
+    near = difflib.get_close_matches(name, [*PRESETS, *others], n=1, cutoff=0.0)[0]
     raise ValueError(f"preset: {name!r} is not known; the nearest is {near!r}. `jmeta presets` lists all.")
 
 

@@ -26,7 +26,7 @@ from jax.core import Tracer
 from jax.sharding import Mesh
 
 from jmeta import checkpoint, hosts, log
-from jmeta.core import MetaLearner, Tasks, Theta, default_chunk
+from jmeta.core import MetaLearner, Tasks, Theta, check_kinds, default_chunk
 from jmeta.evaluate.fewshot import Score, fewshot
 from jmeta.mesh import check_batch, check_mesh, count_devices, layout_of, on_one, own_shares, put_like, replicate, spread
 
@@ -268,7 +268,9 @@ def fit(
       KeyboardInterrupt, SystemExit: the run was interrupted, and saved if it has a workdir.
     """
     plan = _Plan(steps, batch, save_every, log_every, validate, mesh)
-    _check_kinds(key, learner, tasks, outer, theta)
+    check_kinds("fit", key, learner, tasks, theta)
+    if not isinstance(outer, optax.GradientTransformation):
+        raise TypeError(f"fit: outer must be an optax optimiser such as optax.adam(1e-3), got {outer!r}.")
     check_mesh(mesh)
     if workdir is not None or hosts.spans_hosts(mesh):
         hosts.check_hosts(mesh)
@@ -508,18 +510,6 @@ def _leave(number: int, step: int, folder: str) -> None:
     raise SystemExit(128 + number)
 
 
-def _check_kinds(key: Any, learner: Any, tasks: Any, outer: Any, theta: Any) -> None:
-    if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        raise TypeError(f"fit: key must be a typed key as jax.random.key(0) makes it, got {type(key).__name__}.")
-    for name, value, kind in (("learner", learner, MetaLearner), ("tasks", tasks, Tasks)):
-        if not isinstance(value, kind):
-            raise TypeError(f"fit: {name} must be a jmeta.{kind.__name__}, got {type(value).__name__}.")
-    if not isinstance(outer, optax.GradientTransformation):
-        raise TypeError(f"fit: outer must be an optax optimiser such as optax.adam(1e-3), got {outer!r}.")
-    if theta is not None and not isinstance(theta, Theta):
-        raise TypeError(f"fit: theta must be a jmeta.Theta, got {type(theta).__name__}. Usual cause: its params alone.")
-
-
 def _check(plan: _Plan, chunk: int) -> None:
     for name in ("batch", "save_every", "log_every"):
         if getattr(plan, name) < 1:
@@ -546,7 +536,8 @@ def _check_finite(rows: dict[str, np.ndarray], first: int, folder: Path | None) 
         saved += f" in {folder}"
     raise FloatingPointError(
         f"fit: the loss or its gradient is not finite at step {first + int(finite.argmin()) + 1}; {saved}. Usual causes: an "
-        "inner or outer rate that is too high, an inner Adam without eps_root, inputs that are not scaled to about 1."
+        "inner or outer rate that is too high, an inner Adam without eps_root, inputs that are not scaled to about 1, labels "
+        "that start at 1, more ways than the network has outputs."
     )
 
 

@@ -113,6 +113,8 @@ def evaluate(
 def compare(results: Annotated[tuple[str, ...], tyro.conf.Positional], *, out: str) -> Path:
     """Draws the accuracy on the classes learned so far, a curve for each result of `--protocol continual`.
 
+    To train learners in turn on the same tasks instead: `jmeta compare --learners maml protonet --help`.
+
     Args:
       results: its JSON files; a folder of a run stands for its result.json.
       out: the PNG to write, which must not be there yet.
@@ -168,4 +170,5 @@ def _report(found: Continual | Transfer, about: dict[str, Any], path: Path) -> N
         "versions": checkpoint.versions(),
     }
     checkpoint.write_json(path, checkpoint.without_nan({**figures, **own, **shared, **about}))
-    print(f"accuracy on unseen classes: {found} [norm: {NORM}]")
+    learned = "" if "frozen" not in about else ", the head alone learned" if about["frozen"] else ", all layers learned"
+    print(f"accuracy on unseen classes{learned}: {found} [norm: {NORM}]")

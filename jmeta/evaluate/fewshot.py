@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jmeta import hosts
-from jmeta.core import MetaLearner, Tasks, Theta, default_chunk
+from jmeta.core import MetaLearner, Tasks, Theta, check_kinds, default_chunk
 from jmeta.losses import accuracy
 from jmeta.mesh import check_mesh, count_devices, replicate, spread
 
@@ -141,7 +141,9 @@ def fewshot(
 
     Raises:
       ValueError: fewer than 2 episodes, which have no interval.
+      TypeError: key, learner, theta or tasks is none.
     """
+    check_kinds("fewshot", key, learner, tasks, theta)
     if episodes < 2:
         raise ValueError(f"fewshot: episodes must be at least 2 for an interval, got {episodes}.")
     check_mesh(mesh)

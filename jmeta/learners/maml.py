@@ -33,6 +33,7 @@ from jmeta.core import (
     Rule,
     Theta,
     chain,
+    check_parts,
     evaluate_loss,
     given,
     inner_loop,
@@ -77,6 +78,7 @@ def maml(
       A meta-learner whose `phi` is a `Theta`.
 
     Raises:
+      TypeError: the model or the data is none.
       ValueError: `order` is neither 1 nor 2; or it is 2 and the inner optimiser has no derivative at a zero gradient; or
         `step_weights` are not one a step.
 
@@ -87,6 +89,7 @@ def maml(
     """
     if order not in (1, 2):
         raise ValueError(f"maml: order must be 1 (first-order MAML) or 2, got {order!r}.")
+    check_parts(model, data)
     rule = chain(rule)
     if order == 2:
         check_differentiable("maml", rule, model, data.steps)

@@ -35,8 +35,16 @@ def linen_model(module: nn.Module, example: jax.Array, layers: tuple[str, ...], 
         return {name: params[name] for name in layers}  # `jit` sorts them by name
 
     def apply(params, x, stats=None):
+        if jnp.issubdtype(x.dtype, jnp.integer) and jnp.issubdtype(example.dtype, jnp.floating):
+            raise ValueError(f"model: x must be floating, got {x.dtype}. Usual cause: pixels from 0 to 255; divide them by 255.")
         variables = {"params": params} if stats is None else {"params": params, "stats": stats}
-        return cast(jax.Array, module.apply(variables, x))
+        try:
+            return cast(jax.Array, module.apply(variables, x))
+        except errors.ScopeParamShapeError as error:
+            raise ValueError(
+                f"model: x has shape {x.shape}, the network was made for {('N', *example.shape[1:])} ({error}). Usual causes: "
+                "shape=(height, width, channels) not given to the network, or channels first."
+            ) from error
 
     def stats(params, x):
         return module.apply({"params": params}, x, mutable=["stats"])[1]["stats"]

@@ -36,6 +36,11 @@ class Images(NamedTuple):
     count: np.ndarray  # pyright: ignore[reportIncompatibleMethodOverride]
     names: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        """`Images(964 classes, 19,280 images of 28 x 28 x 1)`."""
+        size = " x ".join(map(str, self.pixels.shape[1:]))
+        return f"Images({len(self.names):,} classes, {len(self.pixels):,} images of {size})"
+
 
 class Splits(NamedTuple):
     """Disjoint classes for meta-training, model selection and the reported score."""
@@ -67,6 +72,11 @@ def from_arrays(images: Any, labels: Any, names: Sequence[str] | None = None) ->
     pixels, labels = np.asarray(images), np.asarray(labels)
     if pixels.ndim not in (3, 4) or 0 in pixels.shape:
         raise ValueError(f"images: got shape {pixels.shape}, expected a non-empty [N, H, W] or [N, H, W, C]")
+    if pixels.ndim == 4 and pixels.shape[1] in (1, 3) and pixels.shape[2] == pixels.shape[3] > 4:
+        raise ValueError(
+            f"images: got shape {pixels.shape}, expected channels last, [N, H, W, C] (usual cause: arrays made for PyTorch; give "
+            "images.transpose(0, 2, 3, 1))"
+        )
     if labels.shape != pixels.shape[:1]:
         raise ValueError(
             f"labels: got shape {labels.shape} for {len(pixels)} images, expected one label an image "

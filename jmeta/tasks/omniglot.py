@@ -108,6 +108,10 @@ def _automatic(size: int, base_url: str) -> Drawings:
     given = os.environ.get("JMETA_DATA_DIR")
     if given and (Path(given) / name).is_file():
         return _from_npz(Path(given) / name, size)
+    if given and not Path(given).is_dir():
+        raise FileNotFoundError(
+            f"JMETA_DATA_DIR: it names {given}, which is no folder. Mend the path, or unset it to download Omniglot."
+        )
     cache = cache_dir() / name
     if cache.is_file():
         try:

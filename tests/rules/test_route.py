@@ -1,5 +1,7 @@
 """Routing: which channels are chosen, and that the others are left alone or silent."""
 
+from typing import Any
+
 import chex
 import flax.linen as nn
 import flax.nnx as nnx
@@ -131,8 +133,8 @@ def test_shares_are_those_of_the_layers_in_natural_order(key):
     chosen = jm.channels(params, tuple(sizes.values()))
     assert {name: int(own.sum()) for name, own in chosen.items()} == {"block2/norm": 2, "block10/norm": 6}
     rule = jm.route(tuple(sizes.values())).update
-    trained, _ = rule.update(params, rule.init(params), params)
-    used = jm.route(tuple(sizes.values()), where="forward").gate(params, step=0, hyper=(), key=key)
+    trained: Any = rule.update(params, rule.init(params), params)[0]
+    used: Any = jm.route(tuple(sizes.values()), where="forward").gate(params, step=0, hyper=(), key=key)
     for name, share in sizes.items():
         assert (trained[name]["dense"]["kernel"] != 0).all(0).sum() == 8 * share
         assert (used[name]["norm"]["scale"] != 0).sum() == 8 * share
