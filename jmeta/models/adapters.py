@@ -35,8 +35,6 @@ def linen_model(module: nn.Module, example: jax.Array, layers: tuple[str, ...], 
         return {name: params[name] for name in layers}  # `jit` sorts them by name
 
     def apply(params, x, stats=None):
-        if jnp.issubdtype(x.dtype, jnp.integer) and jnp.issubdtype(example.dtype, jnp.floating):
-            raise ValueError(f"model: x must be floating, got {x.dtype}. Usual cause: pixels from 0 to 255; divide them by 255.")
         variables = {"params": params} if stats is None else {"params": params, "stats": stats}
         try:
             return cast(jax.Array, module.apply(variables, x))
