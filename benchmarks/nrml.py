@@ -156,7 +156,7 @@ def are_scales(tree: Any) -> Any:
 
 
 def start(made: jm.MetaLearner, way: Way, seed: int) -> jm.Theta | None:
-    """Where "spread" starts from: as all do, but for scales that differ, so that the first choice is not by lot."""
+    """Where "spread" starts from: as all do, but for scales that differ, so that the first choice is no lot. None for others."""
     if way.change != "spread":
         return None
     key = jax.random.key(seed)

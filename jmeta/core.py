@@ -106,7 +106,7 @@ class Tasks(NamedTuple):
 
     def __repr__(self) -> str:
         """Its function and the shapes of its data."""
-        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), self.data)
+        shapes = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "shape") else leaf, self.data)
         return f"Tasks({_qualified(self.sample)}, data={shapes})"
 
     def draw(self, key: Array) -> Task:

@@ -29,7 +29,7 @@ def xent(outputs: jax.Array, y: jax.Array, mask: jax.Array | None = None) -> jax
     >>> print(f"{xent(jnp.zeros((3, 2)), jnp.array([0, 1, 1])):.4f}")
     0.6931
     """
-    _check_labels("xent", outputs, y)
+    _check_labels("xent", outputs, y, mask)
     return masked_mean(optax.softmax_cross_entropy_with_integer_labels(outputs, y), mask)
 
 
@@ -53,19 +53,22 @@ def accuracy(outputs: jax.Array, y: jax.Array, mask: jax.Array | None = None) ->
     Raises:
       ValueError: as for `xent`.
     """
-    _check_labels("accuracy", outputs, y)
+    _check_labels("accuracy", outputs, y, mask)
     return masked_mean((outputs.argmax(-1) == y).astype(jnp.float32), mask)
 
 
-def _check_labels(name: str, outputs: jax.Array, y: jax.Array) -> None:
-    """Refuses targets that are no labels of these outputs; their values are known outside of compiled functions alone."""
+def _check_labels(name: str, outputs: jax.Array, y: jax.Array, mask: jax.Array | None) -> None:
+    """Refuses targets that are no labels of these outputs.
+
+    Values are known outside of compiled functions alone, and those of padding may be any.
+    """
     if not jnp.issubdtype(y.dtype, jnp.integer) or y.shape != outputs.shape[:-1]:
         raise ValueError(
             f"{name}: y must be integer labels of shape {outputs.shape[:-1]}, got {y.dtype} {y.shape}. Usual causes: one-hot or "
             "float labels, labels of other examples, or regression tasks; take jm.mse as their loss, and "
             "metric=jm.mse in fewshot and Validation."
         )
-    if isinstance(y, Tracer) or not y.size:
+    if isinstance(y, Tracer) or mask is not None or not y.size:
         return
     least, most, classes = int(np.asarray(y).min()), int(np.asarray(y).max()), outputs.shape[-1]
     if least < 0 or most >= classes:

@@ -84,6 +84,13 @@ def test_cores_after_the_first_computation(monkeypatch):
         jm.use_cores(jax.device_count() + 1)
 
 
+def test_labels_of_padding_may_be_any():
+    outputs, y, mask = jnp.zeros((2, 3)), jnp.array([1, -1]), jnp.array([1.0, 0.0])
+    with pytest.raises(ValueError, match="from 0 to 2, one for each output, got -1 to 1"):
+        jm.xent(outputs, y)
+    assert jnp.allclose(jm.xent(outputs, y, mask), jm.xent(outputs[:1], y[:1]))
+
+
 def test_what_is_printed_is_short():
     images = jm.from_arrays(np.zeros((4, 28, 28), np.uint8), [0, 0, 1, 1])
     assert repr(images) == "Images(2 classes, 4 images of 28 x 28 x 1)"

@@ -283,7 +283,7 @@ def _by_filter(tree: Any, params: Params, chosen: dict[Path, jax.Array], pairs: 
     for path, here in chosen.items():
         for layer in layers.get(path, [])[:1]:  # none where the layer is masked
             own = _at(tree, layer)
-            seen = [name for name in ("kernel", "bias") if not isinstance(own.get(name, optax.MaskedNode()), optax.MaskedNode)]
+            seen = [name for name in ("kernel", "bias") if _is_seen(own.get(name))]
             own = {**own, **{name: jnp.where(here, own[name], 0) for name in seen}}
             tree = _with(tree, layer, own)
     return tree
@@ -324,17 +324,24 @@ def check_pairs(params: Params, pairs: tuple[tuple[str, str], ...] | None = None
 def _check_seen(params: Params, pairs: tuple[tuple[str, str], ...] | None) -> None:
     """Refuses filters in sight whose normalisation is masked: all of them would be trained."""
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode))
-    masked = {tuple(key.key for key in path) for path, leaf in leaves if isinstance(leaf, optax.MaskedNode)}
-    for *path, name in masked:
-        norm = tuple(path)
-        if name != "scale" or "kernel" in _at(params, norm):
+    masked = [path for path, leaf in leaves if isinstance(leaf, optax.MaskedNode) and all(hasattr(key, "key") for key in path)]
+    for path in masked:
+        *norm, name = (key.key for key in path)
+        if name != "scale" or "kernel" in _at(params, tuple(norm)):
             continue
-        layers = _around(params, norm) if pairs is None else [_path(params, layer) for each, layer in pairs if each == _text(norm)]
-        for layer in (each for each in layers if hasattr(_at(params, each).get("kernel"), "shape")):
+        given = [_path(params, layer) for each, layer in pairs or () if each == _text(tuple(norm))]
+        layers = _around(params, tuple(norm)) if pairs is None else given
+        seen = [_text(layer) for layer in layers if _is_seen(_at(params, layer).get("kernel"))]
+        if seen:
             raise ValueError(
-                f"route: it sees {_text(layer)}, but not {_text(norm)} beside it, whose scales choose its filters. Usual cause: "
+                f"route: it sees {seen[0]}, but not {_text(tuple(norm))} beside it, whose scales choose its filters. Usual cause: "
                 "only('a/layer', chain(route(0.5), ...)); name the normalisation too, or chain(route(0.5), only(...))."
             )
+
+
+def _is_seen(leaf: Any) -> bool:
+    """Whether it is an array, neither masked nor missing."""
+    return hasattr(leaf, "shape")
 
 
 def _beside(params: Params, norm: Path, scale: jax.Array) -> list[Path]:

@@ -38,8 +38,10 @@ class Images(NamedTuple):
 
     def __repr__(self) -> str:
         """`Images(964 classes, 19,280 images of 28 x 28 x 1)`."""
-        size = " x ".join(map(str, self.pixels.shape[1:]))
-        return f"Images({len(self.names):,} classes, {len(self.pixels):,} images of {size})"
+        if not hasattr(self.pixels, "shape"):  # a tree of the same form
+            return tuple.__repr__(self)
+        count, *size = self.pixels.shape
+        return f"Images({len(self.names):,} classes, {count:,} images of {' x '.join(map(str, size))})"
 
 
 class Splits(NamedTuple):
