@@ -6,7 +6,7 @@
     python benchmarks/metanas.py caltech84-5w1s --channels 28 --reductions 1 3
 
 Every network is trained by Reptile for as many meta-steps on the same classes, with batches and an outer rate that are the same,
-and tested on the same 600 episodes of unseen classes; fixed networks are as wide as it takes to have about as many parameters as a
+and tested on the same 400 episodes of unseen classes; fixed networks are as wide as it takes to have about as many parameters as a
 task of MetaNAS uses. Then, of MetaNAS: what soft pruning after a task's adaptation saves and costs, against the same parameters
 unpruned and pruned at random to the same size; what pruning for good saves; and how far alphas move. Runs and results are kept and
 gone on with.
@@ -46,11 +46,11 @@ from jmeta.models.supernet import operation_sizes
 RESULTS = Path(__file__).parent / "results" / "metanas"
 PUBLISHED = ("metanas-omniglot-v2", "metanas-mini-imagenet-v2")
 RATES = (1e-3, 5e-3)  # inner ones, to choose from
-CHOICE_STEPS, CHOICE_SEED = 500, 100
+CHOICE_STEPS, CHOICE_BATCH, CHOICE_EPISODES, CHOICE_SEED = 500, 5, 100, 100
 TRAIN_SHOTS, INNER_STEPS, INNER_BATCH, TEST_STEPS = 10, 5, 10, 50  # in half of the tests' steps alphas are adapted as well
 META_RATE, ALPHA_RATE, DECAY = 1.0, 0.6, 1e-3  # the outer ones fall to 0
 COLDEST, TRAIN_THRESHOLD, TEST_THRESHOLD = 0.1, 0.01, 0.05
-BATCH, EPISODES, VALID_EPISODES = 5, 600, 200
+EPISODES, VALID_EPISODES = 400, 200
 LEAST = 0.93  # of Reptile's conv4 on Omniglot 5w1s, without which a comparison is void
 LEAST_STEPS, LEAST_CHANNELS = 3_000, 8  # likewise
 PRUNE_KEY = 5  # folded into a seed's key
@@ -58,13 +58,14 @@ PRUNE_KEY = 5  # folded into a seed's key
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What is compared: the data set, the supernet's size, and for how many meta-steps."""
+    """What is compared: the data set, the supernet's size, for how many meta-steps, and of how many tasks."""
 
     name: str
     cells: int
     channels: int
     reductions: tuple[int, ...]
     steps: int
+    batch: int
 
     @property
     def ways(self) -> int:
@@ -191,8 +192,8 @@ def train(name: str, problem: Problem, work: Work, rate: float, width: int, seed
         problem.train,
         outer,
         work.steps,
-        BATCH,
-        mesh=jm.task_mesh(share(BATCH, jax.device_count())),
+        work.batch,
+        mesh=jm.task_mesh(share(work.batch, jax.device_count())),
         workdir=folder,
         resume=True,
         config=about,
@@ -202,15 +203,14 @@ def train(name: str, problem: Problem, work: Work, rate: float, width: int, seed
 
 def constants() -> dict[str, Any]:
     """What all runs here share."""
-    names = ("TRAIN_SHOTS", "INNER_STEPS", "INNER_BATCH", "TEST_STEPS", "META_RATE", "ALPHA_RATE", "DECAY", "COLDEST", "BATCH")
+    names = ("TRAIN_SHOTS", "INNER_STEPS", "INNER_BATCH", "TEST_STEPS", "META_RATE", "ALPHA_RATE", "DECAY", "COLDEST")
     return {name.lower(): globals()[name] for name in (*names, "TRAIN_THRESHOLD", "TEST_THRESHOLD")}
 
 
-def scored(learner: jm.MetaLearner, problem: Problem, theta: jm.Theta, seed: int, valid: bool = False) -> jm.Score:
+def scored(learner: jm.MetaLearner, theta: jm.Theta, tasks: jm.Tasks, episodes: int, seed: int, key: int = TEST_KEY) -> jm.Score:
     """Its accuracy on validation or test classes."""
-    key = jax.random.fold_in(jax.random.key(seed), VALID_KEY if valid else TEST_KEY)
-    tasks, episodes = (problem.valid, VALID_EPISODES) if valid else (problem.test, EPISODES)
-    return jm.fewshot(key, learner, theta, tasks, episodes, every_step=False, mesh=jm.task_mesh())
+    key_draw = jax.random.fold_in(jax.random.key(seed), key)
+    return jm.fewshot(key_draw, learner, theta, tasks, episodes, every_step=False, mesh=jm.task_mesh())
 
 
 def seconds_to_adapt(learner: jm.MetaLearner, problem: Problem, theta: jm.Theta) -> float:
@@ -223,15 +223,17 @@ def seconds_to_adapt(learner: jm.MetaLearner, problem: Problem, theta: jm.Theta)
 
 def choose(work: Work, runs: Path) -> None:
     """Scores inner rates of each kind of network by validation classes, after short training with a seed of its own."""
-    path, short = rates_file(work), dataclasses.replace(work, steps=CHOICE_STEPS)
-    found = json.loads(path.read_text()) if path.exists() else {"machine": machine(), "meta_steps": CHOICE_STEPS}
+    path, short = rates_file(work), dataclasses.replace(work, steps=CHOICE_STEPS, batch=CHOICE_BATCH)
+    how = {"meta_steps": CHOICE_STEPS, "batch": CHOICE_BATCH, "episodes": CHOICE_EPISODES}
+    found = json.loads(path.read_text()) if path.exists() else {"machine": machine(), **how}
     problem = make_problem(short, CHOICE_SEED)
     for name, width in (("metanas", work.channels), ("conv4", 28), (PUBLISHED[0], 14)):
         for rate in RATES:
             if f"{rate:g}" in found.get(name, {}):
                 continue
             theta = train(name, problem, short, rate, width, CHOICE_SEED, runs / f"choice-{short}" / f"{name}-{rate:g}")
-            result = scored(learners(name, short, rate, width)[1], problem, theta, CHOICE_SEED, valid=True)
+            learner = learners(name, short, rate, width)[1]
+            result = scored(learner, theta, problem.valid, CHOICE_EPISODES, CHOICE_SEED, VALID_KEY)
             found[name] = {**found.get(name, {}), f"{rate:g}": [result.mean, result.interval]}
             write_json(path, found)
             print(f"{name}, inner rate {rate:g}: {result}", flush=True)
@@ -312,19 +314,18 @@ def far(start: Any, end: Any) -> dict[str, jax.Array]:
 
 
 def for_good(problem: Problem, work: Work, theta: jm.Theta, rate: float, seed: int) -> dict[str, Any]:
-    """What is left once operations that weigh next to nothing are cut out of the meta-model: sizes, work, time and accuracy."""
+    """What is left once operations that weigh next to nothing are cut out of the meta-model: sizes, work, time; its accuracy."""
     space = jm.promising(theta.params, threshold=TRAIN_THRESHOLD, temperature=COLDEST)
     large, less = (searched(supernet(work, each), rate) for each in (None, space))
     found, task = {}, problem.test.draw(jax.random.key(0))
     for name, learner, at in (("whole", large, theta), ("cut", less, jm.shrink(theta, less, space))):
-        score = scored(learner, problem, at, seed)
         found[name] = {
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(at.params["w"])),
             "operations": operations(lambda at, learner=learner: learner.adapt(jax.random.key(0), at, task.support), at),
             "adaptation_seconds": seconds_to_adapt(learner, problem, at),
-            "test": [score.mean, score.interval],
         }
-    return found
+    score = scored(less, jm.shrink(theta, less, space), problem.test, EPISODES, seed)
+    return {**found, "test": [score.mean, score.interval]}
 
 
 def nodes(mixed: dict[str, Any]) -> list[dict[str, jax.Array]]:
@@ -389,15 +390,17 @@ def compare(work: Work, seed: int, asked: argparse.Namespace) -> None:
             continue
         width = work.channels if name == "metanas" else width_of(name, work, found["pruning"]["parameters"]["mean"])
         trained, learner = train(name, problem, work, each, width, seed, runs / label), learners(name, work, each, width)[1]
-        valid, test = (scored(learner, problem, trained, seed, valid=which) for which in (True, False))
+        test = scored(learner, trained, problem.test, EPISODES, seed)
         found["networks"][label] = {
             "inner_rate": each,
             "width": width,
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(trained.params.get("w", trained.params))),
             "adaptation_seconds": seconds_to_adapt(learner, problem, trained),
-            "valid": [valid.mean, valid.interval],
             "test": [test.mean, test.interval],
         }
+        if label not in ("metanas", "conv4"):
+            valid = scored(learner, trained, problem.valid, VALID_EPISODES, seed, VALID_KEY)
+            found["networks"][label]["valid"] = [valid.mean, valid.interval]
         np.save(runs / f"{label}-test.npy", test.each)
         write_json(path, found)
         print(f"{work}, seed {seed}, {label}: {test}", flush=True)
@@ -425,6 +428,7 @@ def main() -> None:
     parser.add_argument("name", choices=["omniglot-5w1s", "omniglot-20w1s", "caltech-5w1s", "caltech84-5w1s"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--steps", type=int, default=3000, help="meta-steps, of which the first half leaves the alphas")
+    parser.add_argument("--batch", type=int, default=3, help="tasks of a meta-step")
     parser.add_argument("--channels", type=int, default=8, help="of the supernet")
     parser.add_argument("--cells", type=int, default=4)
     parser.add_argument("--reductions", type=int, nargs="*", default=[0, 2], help="numbers of the cells that halve the map")
@@ -436,7 +440,7 @@ def main() -> None:
     jm.use_cores()
     jm.use_cache()
     RESULTS.mkdir(parents=True, exist_ok=True)
-    work = Work(asked.name, asked.cells, asked.channels, tuple(asked.reductions), asked.steps)
+    work = Work(asked.name, asked.cells, asked.channels, tuple(asked.reductions), asked.steps, asked.batch)
     if asked.choose:
         return choose(work, asked.runs)
     for seed in asked.seeds:
