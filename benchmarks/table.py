@@ -439,21 +439,104 @@ def pruned() -> str:
     return "\n".join(lines)
 
 
+def _metanas() -> list[dict]:
+    """The finished comparisons of `metanas.py`, by set and seed."""
+    found = [json.loads(path.read_text()) for path in (RESULTS / "metanas").glob("*-seed*.json")]
+    return sorted((each for each in found if "gain" in each), key=lambda each: (each["name"], each["steps"], each["seed"]))
+
+
+def _about(found: dict) -> str:
+    """The first cells of a row."""
+    void = f" (void: {', '.join(found['void'])})" if found["void"] else ""
+    return f"{found['name']}, {found['steps']:,} of {found['batch']}{void} | {found['seed']}"
+
+
+def _points(pair: list[float], form: str = ".1f") -> str:
+    """A share and its interval in hundredths."""
+    return f"{100 * pair[0]:{form}} ± {100 * pair[1]:.1f}"
+
+
 def metanas() -> str:
     """MetaNAS beside fixed networks: a row for each network and seed."""
-    lines = _head(("set", "seed", "network", "width", "parameters", "inner rate", "ms to adapt", "accuracy", "MetaNAS' gain"))
-    for path in sorted((RESULTS / "metanas").glob("*-seed*.json")):
-        found = json.loads(path.read_text())
+    titles = (
+        "set, meta-steps of tasks",
+        "seed",
+        "network",
+        "width",
+        "parameters",
+        "inner rate",
+        "ms to adapt",
+        "accuracy",
+        "MetaNAS' gain",
+    )
+    lines = _head(titles)
+    for found in _metanas():
         for name, own in found["networks"].items():
             size = f"{own['parameters']:,}"
             if name == "metanas":
                 size += f", {found['pruning']['parameters']['mean']:,.0f} a task"
             gain = found["gain"].get(name)
-            cells = [str(own["width"]), size, f"{own['inner_rate']:g}", f"{1e3 * own['adaptation_seconds']:.0f}"]
-            cells += [f"{100 * own['test'][0]:.1f} ± {100 * own['test'][1]:.1f}"]
-            cells += [f"{100 * gain[0]:+.1f} ± {100 * gain[1]:.1f}" if gain else "-"]
-            void = f" (void: {', '.join(found['void'])})" if found["void"] else ""
-            lines.append(f"| {found['name']}{void} | {found['seed']} | {name} | {' | '.join(cells)} |")
+            cells = [
+                str(own["width"]),
+                size,
+                f"{own['inner_rate']:g}",
+                f"{1e3 * own['adaptation_seconds']:.0f}",
+                _points(own["test"]),
+            ]
+            lines.append(f"| {_about(found)} | {name} | {' | '.join(cells)} | {_points(gain, '+.1f') if gain else '-'} |")
+    return "\n".join(lines)
+
+
+def metanas_pruned() -> str:
+    """What soft pruning saves and costs the tasks of MetaNAS: a row for each seed."""
+    names = ("unpruned", "pruned", "at random"), ("pruned - unpruned", "pruned - at random")
+    lines = _head(("set, meta-steps of tasks", "seed", "parameters", "a task's", "share", *names[0], *names[1]))
+    for found in _metanas():
+        own = found["pruning"]
+        size = own["parameters"]
+        sizes = f"{size['all']:,} | {size['mean']:,.0f} ({size['least']:,} to {size['most']:,}) | {size['mean'] / size['all']:.2f}"
+        scores = [_points(own[name]) for name in names[0]] + [_points(own[name], "+.1f") for name in names[1]]
+        lines.append(f"| {_about(found)} | {sizes} | {' | '.join(scores)} |")
+    return "\n".join(lines)
+
+
+def metanas_moved() -> str:
+    """How far alphas go: within a task, and over meta-training."""
+    names = ("operations", "pairs", "logits", "edges with another operation")
+    lines = _head(("set, meta-steps of tasks", "seed", "where", *names))
+    for found in _metanas():
+        within, over = found["pruning"]["moved within a task"], found["moved over meta-training"]
+        mean = [f"{within[name][0]:.3f} ({within[name][1]:.3f} to {within[name][2]:.3f})" for name in names]
+        lines.append(f"| {_about(found)} | a task | {' | '.join(mean)} |")
+        lines.append(f"| {_about(found)} | meta-training | {' | '.join(f'{over[name]:.3f}' for name in names)} |")
+    return "\n".join(lines)
+
+
+def metanas_cut() -> str:
+    """The meta-model without the operations that weigh next to nothing."""
+    lines = _head(("set, meta-steps of tasks", "seed", "supernet", "parameters", "operations, x 1e9", "ms to adapt", "accuracy"))
+    for found in _metanas():
+        for name, score in (("whole", found["networks"]["metanas"]["test"]), ("cut", found["cut for good"]["test"])):
+            own = found["cut for good"][name]
+            cells = (
+                f"{own['parameters']:,}",
+                f"{own['operations'] / 1e9:.2f}",
+                f"{1e3 * own['adaptation_seconds']:.0f}",
+                _points(score),
+            )
+            lines.append(f"| {_about(found)} | {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def metanas_speed() -> str:
+    """A meta-step of MetaNAS beside PyTorch's."""
+    lines = _head(("width", "tasks", "images of a step", "jmeta", "PyTorch", "times as fast"))
+    for row in json.loads((RESULTS / "metanas_speed.json").read_text()).values():
+        work, seconds = row["work"], row["seconds"]
+        times = [
+            f"{1e3 * row['medians'][name]:.0f} ({1e3 * min(own):.0f} to {1e3 * max(own):.0f})" for name, own in seconds.items()
+        ]
+        lines.append(f"| {work['channels']} | {work['tasks']} | {5 * work['shots']} | {' | '.join(times)} | {row['ratio']:.2f} |")
     return "\n".join(lines)
 
 
@@ -531,6 +614,10 @@ def fill(text: str) -> str:
         overlap,
         pruned,
         metanas,
+        metanas_pruned,
+        metanas_moved,
+        metanas_cut,
+        metanas_speed,
     ):
         mark = f"<!-- table: {make.__name__} -->"
         if mark in text:
