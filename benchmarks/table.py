@@ -451,7 +451,7 @@ def _about(found: dict) -> str:
     return f"{found['name']}, {found['steps']:,} of {found['batch']}{void} | {found['seed']}"
 
 
-def _points(pair: list[float], form: str = ".1f") -> str:
+def _percent(pair: list[float], form: str = ".1f") -> str:
     """A share and its interval in hundredths."""
     return f"{100 * pair[0]:{form}} ± {100 * pair[1]:.1f}"
 
@@ -481,9 +481,9 @@ def metanas() -> str:
                 size,
                 f"{own['inner_rate']:g}",
                 f"{1e3 * own['adaptation_seconds']:.0f}",
-                _points(own["test"]),
+                _percent(own["test"]),
             ]
-            lines.append(f"| {_about(found)} | {name} | {' | '.join(cells)} | {_points(gain, '+.1f') if gain else '-'} |")
+            lines.append(f"| {_about(found)} | {name} | {' | '.join(cells)} | {_percent(gain, '+.1f') if gain else '-'} |")
     return "\n".join(lines)
 
 
@@ -495,7 +495,7 @@ def metanas_pruned() -> str:
         own = found["pruning"]
         size = own["parameters"]
         sizes = f"{size['all']:,} | {size['mean']:,.0f} ({size['least']:,} to {size['most']:,}) | {size['mean'] / size['all']:.2f}"
-        scores = [_points(own[name]) for name in names[0]] + [_points(own[name], "+.1f") for name in names[1]]
+        scores = [_percent(own[name]) for name in names[0]] + [_percent(own[name], "+.1f") for name in names[1]]
         lines.append(f"| {_about(found)} | {sizes} | {' | '.join(scores)} |")
     return "\n".join(lines)
 
@@ -522,7 +522,7 @@ def metanas_cut() -> str:
                 f"{own['parameters']:,}",
                 f"{own['operations'] / 1e9:.2f}",
                 f"{1e3 * own['adaptation_seconds']:.0f}",
-                _points(score),
+                _percent(score),
             )
             lines.append(f"| {_about(found)} | {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
