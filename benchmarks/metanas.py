@@ -1,4 +1,4 @@
-"""MetaNAS against Reptile with fixed networks: conv4, and the best of some derived architectures.
+"""MetaNAS against Reptile with fixed networks: conv4, a published architecture, and the one that its meta-model comes to.
 
     python benchmarks/metanas.py omniglot-5w1s --choose            first: an inner rate for each kind of network
     python benchmarks/metanas.py omniglot-5w1s --seeds 0 1
@@ -44,7 +44,7 @@ from jmeta.mesh import share
 from jmeta.models.supernet import operation_sizes
 
 RESULTS = Path(__file__).parent / "results" / "metanas"
-PUBLISHED = ("metanas-omniglot-v2", "metanas-mini-imagenet-v2")
+PUBLISHED = {"omniglot": "metanas-omniglot-v2", "caltech": "metanas-mini-imagenet-v2"}  # what was found on such pictures
 RATES = (1e-3, 5e-3)  # inner ones, to choose from
 CHOICE_STEPS, CHOICE_BATCH, CHOICE_EPISODES, CHOICE_SEED = 500, 5, 100, 100
 TRAIN_SHOTS, INNER_STEPS, INNER_BATCH, TEST_STEPS = 10, 5, 10, 50  # in half of the tests' steps alphas are adapted as well
@@ -72,6 +72,11 @@ class Work:
     def ways(self) -> int:
         """Classes of an episode."""
         return int(self.name.rpartition("-")[2].partition("w")[0])
+
+    @property
+    def published(self) -> str:
+        """The fixed network to compare with."""
+        return next(name for data, name in PUBLISHED.items() if self.name.startswith(data))
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -150,7 +155,7 @@ def network(name: str, work: Work, width: int) -> jm.Model:
     """A fixed one: conv4, or of a genotype, published or in a file."""
     if name == "conv4":
         return jm.conv4(work.ways, filters=width, shape=work.shape, pool=True)
-    genotype = jm.PUBLISHED[name] if name in PUBLISHED else jm.load_genotype(name)
+    genotype = jm.PUBLISHED[name] if name in PUBLISHED.values() else jm.load_genotype(name)
     return jm.derive(genotype, work.ways, cells=work.cells, channels=width, reductions=work.reductions, shape=work.shape)
 
 
@@ -229,7 +234,7 @@ def choose(work: Work, runs: Path) -> None:
     how = {"meta_steps": CHOICE_STEPS, "batch": CHOICE_BATCH, "episodes": CHOICE_EPISODES}
     found = json.loads(path.read_text()) if path.exists() else {"machine": machine(), **how}
     problem = make_problem(short, CHOICE_SEED)
-    for name, width in (("metanas", work.channels), ("conv4", 28), (PUBLISHED[0], 14)):
+    for name, width in (("metanas", work.channels), ("conv4", 28), (work.published, 14)):
         for rate in RATES:
             if f"{rate:g}" in found.get(name, {}):
                 continue
@@ -250,12 +255,12 @@ def chosen(work: Work) -> Callable[[str], float]:
     """The inner rate of a network."""
     found = json.loads(rates_file(work).read_text()) if rates_file(work).exists() else {}
     kinds = {"metanas": "metanas", "conv4": "conv4"}
-    missing = [name for name in ("metanas", "conv4", PUBLISHED[0]) if len(found.get(name, {})) < len(RATES)]
+    missing = [name for name in ("metanas", "conv4", work.published) if len(found.get(name, {})) < len(RATES)]
     if missing:
         raise SystemExit(f"the inner rates of {', '.join(missing)} are not chosen yet; run --choose first.")
 
     def rate_of(name: str) -> float:
-        own = found[kinds.get(name, PUBLISHED[0])]
+        own = found[kinds.get(name, work.published)]
         return float(max(own, key=lambda rate: own[rate][0]))
 
     return rate_of
@@ -386,7 +391,7 @@ def compare(work: Work, seed: int, asked: argparse.Namespace) -> None:
     own = runs / "genotype.json"
     if not own.exists():
         jm.save_genotype(own, jm.genotype(theta.params))
-    for name in ("metanas", "conv4", *PUBLISHED, str(own)):
+    for name in ("metanas", "conv4", work.published, str(own)):
         label, each = Path(name).stem if name == str(own) else name, rate_of(name)
         if label in found["networks"]:
             continue
