@@ -5,17 +5,22 @@
     python benchmarks/metanas.py caltech-5w1s --seeds 0 1          pictures at 28 pixels, in colour
     python benchmarks/metanas.py caltech84-5w1s --channels 28 --reductions 1 3
 
-Every network is trained by Reptile for as many meta-steps on the same classes, with batches and an outer rate that are the same,
-and tested on the same 400 episodes of unseen classes; fixed networks are as wide as it takes to have about as many parameters as a
-task of MetaNAS uses. Then, of MetaNAS: what soft pruning after a task's adaptation saves and costs, against the same parameters
-unpruned and pruned at random to the same size; what pruning for good saves; and how far alphas move. Runs and results are kept and
-gone on with.
+Every network is trained by Reptile for as many meta-steps on the same classes, with batches, inner steps and an outer rate that
+are the same, and tested on the same 400 episodes of unseen classes; fixed networks are as wide as it takes to have about as many
+parameters as a task of MetaNAS uses. Then, of MetaNAS: what soft pruning saves and costs a task, against the same parameters
+unpruned and pruned at random to the same size, where the task adapts with what is pruned left out, and where it adapts with all;
+what pruning for good saves; and how far alphas move. Rates are chosen on validation classes, which are the same for all seeds.
+Runs and results are kept and gone on with.
 
 References:
   Elsken, Staffler, Metzen, Hutter, Meta-Learning of Neural Architectures for Few-Shot Learning, CVPR 2020
   (https://arxiv.org/abs/1911.11090).
 
-Differs from the paper in: a smaller network and fewer meta-steps by default; mixtures are annealed to 0.1 in training too.
+Differs from the paper in: a smaller network that halves its map in other cells, a tenth of the meta-steps with smaller batches,
+an outer rate that falls, and alphas whose inner rate is ten times that of the weights, since they would hardly move in so few
+meta-steps; mixtures are annealed to 0.1 in training too; 10 shots in training; tests adapt alphas and weights 25 times and weights
+25 times more, with all five examples, and predict 75 queries together; no paths are dropped; operations are pruned for good at the
+end alone; the state of the inner optimiser is the mean over tasks that run in parallel.
 """
 
 import argparse
@@ -30,31 +35,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from machine import machine, seconds_of  # pyright: ignore[reportMissingImports]
+from machine import machine  # pyright: ignore[reportMissingImports]
 from sets import CALTECH, TEST_KEY, TRAIN_KEY, VALID_KEY, caltech, photographs  # pyright: ignore[reportMissingImports]
 
 import jmeta as jm
 from jmeta import plot
-from jmeta.architecture import mixture
+from jmeta.architecture import mixture, weighed
 from jmeta.builders import shares
 from jmeta.checkpoint import write_json
-from jmeta.evaluate.cost import operations
+from jmeta.evaluate.cost import alternately, operations
 from jmeta.evaluate.draws import interval
 from jmeta.mesh import share
 from jmeta.models.supernet import operation_sizes
 
 RESULTS = Path(__file__).parent / "results" / "metanas"
 PUBLISHED = {"omniglot": "metanas-omniglot-v2", "caltech": "metanas-mini-imagenet-v2"}  # what was found on such pictures
-RATES = (1e-3, 5e-3)  # inner ones, to choose from
-CHOICE_STEPS, CHOICE_BATCH, CHOICE_EPISODES, CHOICE_SEED = 500, 5, 100, 100
-TRAIN_SHOTS, INNER_STEPS, INNER_BATCH, TEST_STEPS = 10, 5, 10, 50  # in half of the tests' steps alphas are adapted as well
-CONV4_STEPS = 20  # in training: with as few as the others it stays below LEAST
-META_RATE, ALPHA_RATE, DECAY = 1.0, 0.6, 1e-3  # the outer ones fall to 0
+RATES = (5e-3, 1e-2, 2e-2)  # inner ones of the weights, to choose from
+CHOICE_STEPS, CHOICE_EPISODES, CHOICE_SEED, CHOICE_WIDTHS = 500, 100, 100, {"conv4": 28, "published": 14}
+TRAIN_SHOTS, INNER_STEPS, INNER_BATCH = 10, 10, 10  # once alphas learn, half of the steps are theirs
+TEST_STEPS = 50  # of the weights; in half of these alphas take a step as well
+ALPHA_TIMES = 10.0  # the inner rate of the alphas over that of the weights
+META_RATE, ALPHA_RATE, DECAY = 1.0, 0.6, 1e-3  # the outer one of the weights falls to 0
 COLDEST, TRAIN_THRESHOLD, TEST_THRESHOLD = 0.1, 0.01, 0.05
 EPISODES = 400
 LEAST = 0.93  # of Reptile's conv4 on Omniglot 5w1s, without which a comparison is void
 LEAST_STEPS, LEAST_CHANNELS = 3_000, 8  # likewise
-PRUNE_KEY = 5  # folded into a seed's key
+PRUNE_KEY = 5  # folded into an episode's key
+SPLIT_SEED = 0  # of the classes, whatever the seed of a run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,12 +104,12 @@ class Problem(NamedTuple):
     test: jm.Tasks
 
 
-def make_problem(work: Work, seed: int) -> Problem:
+def make_problem(work: Work) -> Problem:
     """Omniglot, or Caltech-101, made smaller unless at its full 84 pixels."""
     if work.name.startswith("omniglot"):
-        splits = jm.omniglot(split="customary", seed=seed)
+        splits = jm.omniglot(split="customary", seed=SPLIT_SEED)
     else:
-        splits = photographs(str(caltech()), seed)
+        splits = photographs(str(caltech()), SPLIT_SEED)
         if work.shape[0] == 28:
             splits = jm.Splits(*(small(images) for images in splits if images is not None))
     assert splits.valid is not None
@@ -121,28 +128,28 @@ def seen(steps: int, testing: bool) -> jm.Data:
     return jm.repeat(steps) if testing else jm.minibatches(steps, INNER_BATCH)
 
 
-def fixed(model: jm.Model, rate: float, steps: int, testing: bool) -> jm.MetaLearner:
+def fixed(model: jm.Model, rate: float, testing: bool) -> jm.MetaLearner:
     """Reptile of one network."""
-    data = seen(steps, testing)
+    data = seen(TEST_STEPS if testing else INNER_STEPS, testing)
     return jm.reptile(model, jm.xent, optax.adam(rate, b1=0.0), data, carry_state=True, unroll=False)
 
 
-def searching(model: jm.Model, rate: float, turns: int, alone: int, *, testing: bool) -> jm.MetaLearner:
+def searching(model: jm.Model, rate: float, turns: int, alone: int, threshold: float, testing: bool) -> jm.MetaLearner:
     """Reptile of a supernet whose alphas and weights take turns, then weights alone."""
     parts: Any = {
         "w": optax.adam(rate, b1=0.0),
-        "alpha": optax.chain(optax.add_decayed_weights(DECAY), optax.adam(rate, b1=0.0)),
+        "alpha": optax.chain(optax.add_decayed_weights(DECAY), optax.adam(ALPHA_TIMES * rate, b1=0.0)),
     }
     rows = ((1, 0), (0, 1)) * turns + ((0, 1),) * alone
     turn = jm.lambda_mask(rows, optax.partition(parts, jm.top_level), labels=("alpha", "w"))
     temperature = jm.anneal(1.0, COLDEST if turns else 1.0, max(turns, 1), every=2)
-    rule = jm.chain(jm.mix(temperature, threshold=TEST_THRESHOLD if testing else TRAIN_THRESHOLD), turn)
+    rule = jm.chain(jm.mix(temperature, threshold=threshold), turn)
     return jm.reptile(model, jm.xent, rule, seen(len(rows), testing), carry_state=True, unroll=False)
 
 
-def searched(model: jm.Model, rate: float) -> jm.MetaLearner:
+def searched(model: jm.Model, rate: float, threshold: float = TEST_THRESHOLD) -> jm.MetaLearner:
     """The learner that MetaNAS is tested with."""
-    return searching(model, rate, TEST_STEPS // 2, TEST_STEPS - TEST_STEPS // 2, testing=True)
+    return searching(model, rate, TEST_STEPS // 2, TEST_STEPS - TEST_STEPS // 2, threshold, testing=True)
 
 
 def supernet(work: Work, space: Any = None) -> jm.Model:
@@ -173,26 +180,23 @@ def learners(name: str, work: Work, rate: float, width: int) -> tuple[jm.MetaLea
     """Of a network, the one that trains and the one that is tested."""
     if name != "metanas":
         model = network(name, work, width)
-        steps = CONV4_STEPS if name == "conv4" else INNER_STEPS
-        return fixed(model, rate, steps, False), fixed(model, rate, TEST_STEPS, True)
+        return fixed(model, rate, False), fixed(model, rate, True)
     net = supernet(work)
-    phases = (searching(net, rate, 0, INNER_STEPS, testing=False), searching(net, rate, INNER_STEPS, 0, testing=False))
-    return jm.watched(jm.switch(*phases, at=(work.steps // 2,)), shares), searched(net, rate)
+    warmup = searching(net, rate, 0, INNER_STEPS, TRAIN_THRESHOLD, testing=False)
+    search = searching(net, rate, INNER_STEPS // 2, 0, TRAIN_THRESHOLD, testing=False)
+    return jm.watched(jm.switch(warmup, search, at=(work.steps // 2,)), shares), searched(net, rate)
 
 
 def train(name: str, problem: Problem, work: Work, rate: float, width: int, seed: int, folder: Path) -> jm.Theta:
     """Meta-trains, or goes on, or takes what is there."""
     learner, _ = learners(name, work, rate, width)
 
-    def falling(start: float) -> optax.GradientTransformation:
-        return optax.sgd(optax.linear_schedule(start, 0.0, work.steps))
-
-    outer = falling(META_RATE)
+    outer = falling = optax.sgd(optax.linear_schedule(META_RATE, 0.0, work.steps))
     if name == "metanas":
-        parts: Any = {"w": falling(META_RATE), "alpha": falling(ALPHA_RATE)}
+        parts: Any = {"w": falling, "alpha": optax.sgd(ALPHA_RATE)}
         outer = jm.on_params(optax.partition(parts, jm.top_level))
     cells = json.loads(Path(name).read_text()) if name.endswith(".json") else name
-    about = {"network": cells, "rate": rate, "width": width, "seed": seed, **dataclasses.asdict(work), **constants()}
+    about = {"network": cells, "rate": rate, "width": width, "seed": seed, **settings(work)}
     return jm.fit(
         jax.random.fold_in(jax.random.key(seed), TRAIN_KEY),
         learner,
@@ -208,10 +212,21 @@ def train(name: str, problem: Problem, work: Work, rate: float, width: int, seed
     ).theta
 
 
-def constants() -> dict[str, Any]:
-    """What all runs here share."""
-    names = ("TRAIN_SHOTS", "INNER_STEPS", "CONV4_STEPS", "INNER_BATCH", "TEST_STEPS", "META_RATE", "ALPHA_RATE", "DECAY")
-    return {name.lower(): globals()[name] for name in (*names, "COLDEST", "TRAIN_THRESHOLD", "TEST_THRESHOLD")}
+def settings(work: Work) -> dict[str, Any]:
+    """All that runs of one comparison share."""
+    names = ("TRAIN_SHOTS", "INNER_STEPS", "INNER_BATCH", "TEST_STEPS", "ALPHA_TIMES", "META_RATE", "ALPHA_RATE", "DECAY")
+    names = (*names, "COLDEST", "TRAIN_THRESHOLD", "TEST_THRESHOLD", "SPLIT_SEED")
+    own = {**dataclasses.asdict(work), "reductions": list(work.reductions)}
+    return {**own, **{name.lower(): globals()[name] for name in names}}
+
+
+def begun(path: Path, more: dict[str, Any]) -> dict[str, Any]:
+    """A result to go on with, or a new one; one of other settings ends the program."""
+    found = json.loads(path.read_text()) if path.exists() else {"machine": machine(), **more}
+    other = [name for name in more if found.get(name) != more[name]]
+    if other:
+        raise SystemExit(f"{path} was made with another {', '.join(other)}; move it away, and take other --runs.")
+    return found
 
 
 def scored(learner: jm.MetaLearner, theta: jm.Theta, tasks: jm.Tasks, episodes: int, seed: int, key: int = TEST_KEY) -> jm.Score:
@@ -220,98 +235,103 @@ def scored(learner: jm.MetaLearner, theta: jm.Theta, tasks: jm.Tasks, episodes: 
     return jm.fewshot(key_draw, learner, theta, tasks, episodes, every_step=False, mesh=jm.task_mesh())
 
 
-def seconds_to_adapt(learner: jm.MetaLearner, problem: Problem, theta: jm.Theta) -> float:
-    """The median over ten calls."""
+def adaptation(learner: jm.MetaLearner, problem: Problem, theta: jm.Theta) -> Callable[[], Any]:
+    """Adapts to one task when called, in a program that has been compiled."""
     key = jax.random.key(0)
     adapt, support = jax.jit(learner.adapt), problem.test.draw(key).support
-    seconds = [seconds_of(lambda: jax.block_until_ready(adapt(key, theta, support))) for _ in range(11)]
-    return statistics.median(seconds[1:])
+    jax.block_until_ready(adapt(key, theta, support))
+    return lambda: adapt(key, theta, support)
 
 
-def choose(work: Work, runs: Path) -> None:
+def choose(work: Work, asked: argparse.Namespace) -> None:
     """Scores inner rates of each kind of network by validation classes, after short training with a seed of its own."""
-    path, short = rates_file(work), dataclasses.replace(work, steps=CHOICE_STEPS, batch=CHOICE_BATCH)
-    how = {"meta_steps": CHOICE_STEPS, "batch": CHOICE_BATCH, "episodes": CHOICE_EPISODES}
-    found = json.loads(path.read_text()) if path.exists() else {"machine": machine(), **how}
-    problem = make_problem(short, CHOICE_SEED)
-    for name, width in (("metanas", work.channels), ("conv4", 28), (work.published, 14)):
-        for rate in RATES:
-            if f"{rate:g}" in found.get(name, {}):
-                continue
-            theta = train(name, problem, short, rate, width, CHOICE_SEED, runs / f"choice-{short}" / f"{name}-{rate:g}")
+    short = dataclasses.replace(work, steps=CHOICE_STEPS)
+    problem = make_problem(short)
+    for kind in asked.kinds:
+        path = rates_file(work, kind)
+        found = begun(path, {"settings": settings(short), "episodes": CHOICE_EPISODES, "seed": CHOICE_SEED})
+        name, width = kinds(work)[kind], CHOICE_WIDTHS.get(kind, work.channels)
+        for rate in [each for each in RATES if f"{each:g}" not in found.get("rates", {})]:
+            theta = train(name, problem, short, rate, width, CHOICE_SEED, asked.runs / f"choice-{short}" / f"{name}-{rate:g}")
             learner = learners(name, short, rate, width)[1]
             result = scored(learner, theta, problem.valid, CHOICE_EPISODES, CHOICE_SEED, VALID_KEY)
-            found[name] = {**found.get(name, {}), f"{rate:g}": [result.mean, result.interval]}
+            found["rates"] = {**found.get("rates", {}), f"{rate:g}": [result.mean, result.interval]}
             write_json(path, found)
             print(f"{name}, inner rate {rate:g}: {result}", flush=True)
 
 
-def rates_file(work: Work) -> Path:
+def kinds(work: Work) -> dict[str, str]:
+    """The networks that rates are chosen for."""
+    return {"metanas": "metanas", "conv4": "conv4", "published": work.published}
+
+
+def rates_file(work: Work, kind: str) -> Path:
     """Where scores of inner rates are kept."""
-    return RESULTS / f"{work.name}-c{work.channels}-rates.json"
+    return RESULTS / f"{work.name}-c{work.channels}-rates-{kind}.json"
 
 
 def chosen(work: Work) -> Callable[[str], float]:
-    """The inner rate of a network."""
-    found = json.loads(rates_file(work).read_text()) if rates_file(work).exists() else {}
-    kinds = {"metanas": "metanas", "conv4": "conv4"}
-    missing = [name for name in ("metanas", "conv4", work.published) if len(found.get(name, {})) < len(RATES)]
+    """The inner rate of a network; derived ones have that of the published one."""
+    files = {kind: rates_file(work, kind) for kind in kinds(work)}
+    found = {kind: json.loads(path.read_text()).get("rates", {}) if path.exists() else {} for kind, path in files.items()}
+    missing = [kind for kind, own in found.items() if len(own) < len(RATES)]
     if missing:
         raise SystemExit(f"the inner rates of {', '.join(missing)} are not chosen yet; run --choose first.")
-
-    def rate_of(name: str) -> float:
-        own = found[kinds.get(name, work.published)]
-        return float(max(own, key=lambda rate: own[rate][0]))
-
-    return rate_of
+    best = {kind: float(max(own, key=lambda rate: own[rate][0])) for kind, own in found.items()}
+    return lambda name: best.get(name, best["published"])
 
 
-def prunings(problem: Problem, work: Work, theta: jm.Theta, rate: float, seed: int) -> dict[str, Any]:
-    """Of the same adapted parameters: accuracy unpruned, pruned and pruned at random, sizes, and how far the alphas went."""
+def prunings(problem: Problem, work: Work, theta: jm.Theta, learner: jm.MetaLearner, episodes: int, seed: int) -> Any:
+    """Of the same adapted parameters: accuracy unpruned, pruned and pruned at random, sizes, and how far the alphas went.
+
+    Also the accuracy of each episode, pruned, which for the learner of the tests is MetaNAS'; episodes are those of `scored`.
+    """
     net = supernet(work)
-    learner = searched(net, rate)
 
     @jax.jit
     def one(key, theta, data):
-        key_task, key_learn, key_prune = jax.random.split(key, 3)
+        key_task, key_learn = jax.random.split(key)
         task = problem.test.sample(key_task, data)
         params = learner.adapt(key_learn, theta, task.support).params
         whole, pruned = (mixture(params["alpha"], COLDEST, threshold) for threshold in (0.0, TEST_THRESHOLD))
-        by_chance = at_random(key_prune, params, whole, pruned)
+        by_chance = at_random(jax.random.fold_in(key, PRUNE_KEY), params, whole, pruned)
         outputs = (net.apply({**params, "mixture": each}, task.query.x) for each in (whole, pruned, by_chance))
         size = jm.sparse_size(params, temperature=COLDEST, threshold=TEST_THRESHOLD)
         return jnp.stack([jm.accuracy(y, task.query.y) for y in outputs]), size, far(theta.params["alpha"], params["alpha"])
 
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), PRUNE_KEY), EPISODES)
-    rows = [jax.device_get(one(each, theta, problem.test.data)) for each in keys]
+    key = jax.random.fold_in(jax.random.key(seed), TEST_KEY)
+    rows = [jax.device_get(one(jax.random.fold_in(key, number), theta, problem.test.data)) for number in range(episodes)]
     scores, sizes = (np.array([row[column] for row in rows]) for column in range(2))
     moves = {name: [float(row[2][name]) for row in rows] for name in rows[0][2]}
     whole = sum(leaf.size for leaf in jax.tree.leaves(theta.params["w"]))
     names = ("unpruned", "pruned", "at random")
-    return {
+    found = {
         **{name: interval(column) for name, column in zip(names, scores.T, strict=True)},
         "pruned - unpruned": interval(scores[:, 1] - scores[:, 0]),
         "pruned - at random": interval(scores[:, 1] - scores[:, 2]),
         "parameters": {"all": whole, "mean": float(sizes.mean()), "least": int(sizes.min()), "most": int(sizes.max())},
         "moved within a task": {name: [statistics.mean(own), min(own), max(own)] for name, own in moves.items()},
-        "episodes": EPISODES,
+        "episodes": episodes,
     }
+    return found, scores[:, 1]
 
 
 def far(start: Any, end: Any) -> dict[str, jax.Array]:
     """How far alphas are apart.
 
-    The weights of operations and of pairs of inputs at the coldest temperature, summed, 2 at most, mean over edges and nodes; the
-    logits, mean; and the share of edges whose largest operation is another.
+    The weights of operations and of pairs of inputs at the coldest temperature, summed, 2 at most, mean over edges and over nodes
+    with a choice; the logits, mean; and the share of edges whose largest operation is another.
     """
     before, after = nodes(start), nodes(end)
+    free = {"ops": list(zip(before, after, strict=True))}
+    free["pairs"] = [both for both in free["ops"] if both[0]["pairs"].size > 1]
 
     def gap(name: str) -> jax.Array:
-        softmax = [[jax.nn.softmax(node[name] / COLDEST) for node in each] for each in (before, after)]
-        return jnp.concatenate([jnp.abs(a - b).sum(-1).ravel() for a, b in zip(*softmax, strict=True)]).mean()
+        softmax = [[jax.nn.softmax(node[name] / COLDEST) for node in both] for both in free[name]]
+        return jnp.concatenate([jnp.abs(a - b).sum(-1).ravel() for a, b in softmax]).mean()
 
-    changed = [(a["ops"].argmax(-1) != b["ops"].argmax(-1)).ravel() for a, b in zip(before, after, strict=True)]
-    logits = [jnp.abs(a - b).ravel() for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(end), strict=True)]
+    logits = [jnp.abs(a[name] - b[name]).ravel() for name, own in free.items() for a, b in own]
+    changed = [(a["ops"].argmax(-1) != b["ops"].argmax(-1)).ravel() for a, b in free["ops"]]
     return {
         "operations": gap("ops"),
         "pairs": gap("pairs"),
@@ -320,19 +340,28 @@ def far(start: Any, end: Any) -> dict[str, jax.Array]:
     }
 
 
+def decided(alpha: Any) -> dict[str, float]:
+    """How much is settled: the shares of edges that one operation has more than half of, and of operations below the threshold."""
+    weights = jnp.concatenate([jax.nn.softmax(node["ops"] / COLDEST) for node in nodes(alpha)])
+    return {"above half": float((weights.max(-1) > 0.5).mean()), "below the threshold": float((weights < TEST_THRESHOLD).mean())}
+
+
 def for_good(problem: Problem, work: Work, theta: jm.Theta, rate: float, seed: int) -> dict[str, Any]:
     """What is left once operations that weigh next to nothing are cut out of the meta-model: sizes, work, time; its accuracy."""
     space = jm.promising(theta.params, threshold=TRAIN_THRESHOLD, temperature=COLDEST)
     large, less = (searched(supernet(work, each), rate) for each in (None, space))
-    found, task = {}, problem.test.draw(jax.random.key(0))
-    for name, learner, at in (("whole", large, theta), ("cut", less, jm.shrink(theta, less, space))):
-        found[name] = {
+    task, both = problem.test.draw(jax.random.key(0)), {"whole": (large, theta), "cut": (less, jm.shrink(theta, less, space))}
+    seconds = alternately([adaptation(learner, problem, at) for learner, at in both.values()])
+    found: dict[str, Any] = {
+        name: {
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(at.params["w"])),
             "operations": operations(lambda at, learner=learner: learner.adapt(jax.random.key(0), at, task.support), at),
-            "adaptation_seconds": seconds_to_adapt(learner, problem, at),
+            "adaptation_seconds": each,
         }
-    score = scored(less, jm.shrink(theta, less, space), problem.test, EPISODES, seed)
-    return {**found, "test": [score.mean, score.interval]}
+        for (name, (learner, at)), each in zip(both.items(), seconds, strict=True)
+    }
+    score = scored(less, both["cut"][1], problem.test, EPISODES, seed)
+    return {**found, "test": interval(score.each)}
 
 
 def nodes(mixed: dict[str, Any]) -> list[dict[str, jax.Array]]:
@@ -341,7 +370,10 @@ def nodes(mixed: dict[str, Any]) -> list[dict[str, jax.Array]]:
 
 
 def at_random(key: jax.Array, params: Any, whole: Any, pruned: Any) -> dict[str, Any]:
-    """The unpruned mixture of operations drawn by lot until they have as many weights as pruning leaves, of its inputs."""
+    """The unpruned mixture of operations drawn by lot until they have as many weights as pruning leaves.
+
+    Inputs are those that pruning leaves, with their weights; operations without weights all stay.
+    """
     counts = [jnp.asarray(kind[node, : node + 2]) for kind in operation_sizes(params).values() for node in range(len(kind))]
     there = [jnp.where(own["inputs"][:, None] > 0, count, 0) for count, own in zip(counts, nodes(pruned), strict=True)]
     left = sum((count * (own["ops"] > 0)).sum() for count, own in zip(there, nodes(pruned), strict=True))
@@ -365,59 +397,72 @@ def at_random(key: jax.Array, params: Any, whole: Any, pruned: Any) -> dict[str,
 def pictures(problem: Problem, work: Work, theta: jm.Theta, rate: float, seed: int, folder: Path, path: Path) -> dict[str, Any]:
     """Draws the cells of the meta-model and of two tasks and the alphas over meta-training; says how far these went."""
     learner = searched(supernet(work), rate)
-    found = {"meta-model": jm.genotype(theta.params)}
-    for number, key in enumerate(jax.random.split(jax.random.fold_in(jax.random.key(seed), PRUNE_KEY)), 1):
-        support = problem.test.draw(key).support
-        found[f"task {number}"] = jm.genotype(jax.jit(learner.adapt)(key, theta, support).params)
-    plot.cells({name: own._asdict() for name, own in found.items()}, path.with_name(f"{path.stem}-cells.png"))
+    found, keys = {"meta-model": theta.params}, jax.random.split(jax.random.fold_in(jax.random.key(seed), PRUNE_KEY), (2, 2))
+    for number, (key_draw, key_learn) in enumerate(keys, 1):
+        found[f"task {number}"] = jax.jit(learner.adapt)(key_learn, theta, problem.test.draw(key_draw).support).params
+    genotypes = {name: jm.genotype(params)._asdict() for name, params in found.items()}
+    plot.cells({name: weighed(params, COLDEST) for name, params in found.items()}, path.with_name(f"{path.stem}-cells.png"))
     plot.shares(folder / "metrics.jsonl", path.with_name(f"{path.stem}-alphas.png"))
     start = learner.init(jax.random.fold_in(jax.random.key(seed), TRAIN_KEY))
     moved = {name: float(each) for name, each in far(start.params["alpha"], theta.params["alpha"]).items()}
-    return {"genotypes": {name: own._asdict() for name, own in found.items()}, "moved over meta-training": moved}
+    settled = {name: decided(params["alpha"]) for name, params in {"start": start.params, **found}.items()}
+    return {"genotypes": genotypes, "moved over meta-training": moved, "decided": settled}
 
 
 def compare(work: Work, seed: int, asked: argparse.Namespace) -> None:
     """Trains all, tests all, and writes what was found after each."""
     path, rate_of = RESULTS / f"{work}-seed{seed}.json", chosen(work)
-    found = json.loads(path.read_text()) if path.exists() else {"machine": machine(), "seed": seed, "networks": {}}
-    problem, runs, rate = make_problem(work, seed), asked.runs / f"{work}-seed{seed}", rate_of("metanas")
-    found |= {"norm": "batch", "episodes": EPISODES, **dataclasses.asdict(work), **constants()}
+    rates = {kind: rate_of(kind) for kind in kinds(work)}
+    found = begun(path, {"settings": settings(work), "seed": seed, "rates": rates, "norm": "batch", "episodes": EPISODES})
+    problem, runs, rate = make_problem(work), asked.runs / f"{work}-seed{seed}", rate_of("metanas")
     theta = train("metanas", problem, work, rate, work.channels, seed, runs / "metanas")
     if "pruning" not in found:
-        found |= {"pruning": prunings(problem, work, theta, rate, seed)}
+        found["pruning"], each = prunings(problem, work, theta, learners("metanas", work, rate, 0)[1], EPISODES, seed)
+        np.save(runs / "metanas-test.npy", each)
         found |= pictures(problem, work, theta, rate, seed, runs / "metanas", path)
         write_json(path, found)
-        print({name: found[name] for name in ("pruning", "moved over meta-training")}, flush=True)
+        print({name: found[name] for name in ("pruning", "moved over meta-training", "decided")}, flush=True)
     own = runs / "genotype.json"
     if not own.exists():
         jm.save_genotype(own, jm.genotype(theta.params))
-    for name in ("metanas", "conv4", work.published, str(own)):
-        label, each = Path(name).stem if name == str(own) else name, rate_of(name)
-        if label in found["networks"]:
-            continue
+    names = {"metanas": "metanas", "conv4": "conv4", work.published: work.published, "genotype": str(own)}
+    timed, found["networks"] = [], found.get("networks", {})
+    for label, name in names.items():
         width = work.channels if name == "metanas" else width_of(name, work, found["pruning"]["parameters"]["mean"])
-        trained, learner = train(name, problem, work, each, width, seed, runs / label), learners(name, work, each, width)[1]
-        test = scored(learner, trained, problem.test, EPISODES, seed)
-        found["networks"][label] = {
-            "inner_rate": each,
-            "width": width,
-            "parameters": sum(leaf.size for leaf in jax.tree.leaves(trained.params.get("w", trained.params))),
-            "adaptation_seconds": seconds_to_adapt(learner, problem, trained),
-            "test": [test.mean, test.interval],
-        }
-        np.save(runs / f"{label}-test.npy", test.each)
+        trained = train(name, problem, work, rate_of(name), width, seed, runs / label)
+        learner = learners(name, work, rate_of(name), width)[1]
+        timed.append((label, learner, trained))
+        if not (runs / f"{label}-test.npy").exists():
+            np.save(runs / f"{label}-test.npy", scored(learner, trained, problem.test, EPISODES, seed).each)
+        test = interval(np.load(runs / f"{label}-test.npy"))
+        size = sum(leaf.size for leaf in jax.tree.leaves(trained.params.get("w", trained.params)))
+        found["networks"][label] = {"inner_rate": rate_of(name), "width": width, "parameters": size, "test": test}
         write_json(path, found)
-        print(f"{work}, seed {seed}, {label}: {test}", flush=True)
-    conclude(work, found, {label: np.load(runs / f"{label}-test.npy") for label in found["networks"]})
+        print(f"{work}, seed {seed}, {label}: {test[0]:.4f} ± {test[1]:.4f}", flush=True)
+    conclude(work, found, {label: np.load(runs / f"{label}-test.npy") for label in names})
+    seconds = alternately([adaptation(learner, problem, trained) for _, learner, trained in timed])
+    for (label, *_), each in zip(timed, seconds, strict=True):
+        found["networks"][label]["adaptation_seconds"] = each
     write_json(path, found)
-    print(found["gain"], found["void"], flush=True)
+    print(found["gain"], found["claims"], found["void"], flush=True)
     if "cut for good" not in found:
-        write_json(path, {**found, "cut for good": for_good(problem, work, theta, rate, seed)})
+        found["cut for good"] = for_good(problem, work, theta, rate, seed)
+        write_json(path, found)
+    if "pruned afterwards" not in found:
+        unaware = searched(supernet(work), rate, threshold=0.0)
+        found["pruned afterwards"], _ = prunings(problem, work, theta, unaware, EPISODES // 2, seed)
+        write_json(path, found)
 
 
 def conclude(work: Work, found: dict[str, Any], each: dict[str, np.ndarray]) -> None:
     """Adds what MetaNAS gains over the fixed networks, and whether it counts."""
     found["gain"] = {label: interval(each["metanas"] - each[label]) for label in each if label != "metanas"}
+    own = found["pruning"]
+    found["claims"] = {
+        "a task uses at most half": own["parameters"]["mean"] <= 0.5 * own["parameters"]["all"],
+        "at most a point is lost": own["pruned - unpruned"][0] >= -0.01,
+        "better than at random": own["pruned - at random"][0] > own["pruned - at random"][1],
+    }
     conv4 = found["networks"]["conv4"]["test"][0]
     reasons = {
         f"conv4 has {conv4:.3f}, below {LEAST}": work.name == "omniglot-5w1s" and conv4 < LEAST,
@@ -438,6 +483,7 @@ def main() -> None:
     parser.add_argument("--cells", type=int, default=4)
     parser.add_argument("--reductions", type=int, nargs="*", default=[0, 2], help="numbers of the cells that halve the map")
     parser.add_argument("--choose", action="store_true", help="score inner rates, which the other calls then take")
+    parser.add_argument("--kinds", nargs="+", default=["metanas", "conv4", "published"], help="networks to choose rates for")
     parser.add_argument("--runs", type=Path, default=Path("runs") / "metanas")
     asked = parser.parse_args()
     if asked.name.startswith("caltech") and caltech() is None:
@@ -447,7 +493,7 @@ def main() -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     work = Work(asked.name, asked.cells, asked.channels, tuple(asked.reductions), asked.steps, asked.batch)
     if asked.choose:
-        return choose(work, asked.runs)
+        return choose(work, asked)
     for seed in asked.seeds:
         compare(work, seed, asked)
 

@@ -14,6 +14,7 @@ References:
 
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -167,6 +168,28 @@ def genotype(alpha: Any) -> Genotype:
     return Genotype(*(tuple(choose(alpha[kind][f"node{node}"]) for node in range(len(alpha[kind]))) for kind in KINDS))
 
 
+def weighed(alpha: Any, temperature: float) -> dict[str, list[list[tuple[str, int, float]]]]:
+    """`genotype`, with what each operation weighs on its edge.
+
+    Args:
+      alpha: of `init_alpha`, or the parameters of a supernet.
+      temperature: of the softmax over an edge's operations.
+
+    Returns:
+      `{kind: [node: [(operation, input, weight), ...]]}`.
+    """
+    alpha = alpha.get("alpha", alpha)
+    mixed = mixture(alpha, temperature)
+
+    def weight(kind, node, op, source):
+        return float(mixed[kind][f"node{node}"]["ops"][source, PRIMITIVES.index(op)])
+
+    return {
+        kind: [[(op, source, weight(kind, node, op, source)) for op, source in choices] for node, choices in enumerate(nodes)]
+        for kind, nodes in genotype(alpha)._asdict().items()
+    }
+
+
 def check_genotype(name: str, genotype: Genotype) -> None:
     """Refuses what is no genotype, operations that are not known and inputs that are not there yet.
 
@@ -184,10 +207,12 @@ def check_genotype(name: str, genotype: Genotype) -> None:
                 f"{name}: cells need at least 1 node, as many of both kinds; got {len(genotype.normal)} and {len(nodes)}."
             )
         for node, choices in enumerate(nodes):
+            if not all(isinstance(choice, Sequence) and len(choice) == 2 for choice in choices):
+                raise ValueError(f"{name}: {kind} node {node} must hold (operation, input) pairs, got {choices!r}.")
             for operation, source in choices:
                 if operation not in PRIMITIVES:
                     raise ValueError(f"{name}: {operation!r} in {kind} node {node} is not one of {', '.join(PRIMITIVES)}.")
-                if not isinstance(source, int) or not 0 <= source < node + 2:
+                if not isinstance(source, int) or isinstance(source, bool) or not 0 <= source < node + 2:
                     raise ValueError(
                         f"{name}: {kind} node {node} has input {source!r}, but there are inputs 0 to {node + 1}. Usual cause: "
                         "nodes counted from 0; inputs 0 and 1 are the two cells before, node 0 is input 2."
@@ -215,7 +240,11 @@ def load_genotype(path: str | Path) -> Genotype:
     Raises:
       ValueError: the file holds something else, unknown operations, or inputs that cannot be.
     """
-    return read_genotype(Path(path).read_text(), f"load_genotype: {path}")
+    try:
+        text = Path(path).read_text()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"load_genotype: {path} is no text: {error}.") from error
+    return read_genotype(text, f"load_genotype: {path}")
 
 
 def read_genotype(text: str, name: str) -> Genotype:

@@ -1,7 +1,7 @@
 """Pictures of runs: learning curves, scores against inner steps, episodes, fronts, channels and cells."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -171,29 +171,31 @@ def routing(
     figure.savefig(path, dpi=120)
 
 
-def cells(genotypes: dict[str, dict[str, Sequence]], path: Path) -> None:
+def cells(architectures: Mapping[str, Mapping[str, Sequence]], path: Path) -> None:
     """Draws the cells of architectures as graphs, those of one beside each other.
 
     Args:
-      genotypes: for each name `{"normal": nodes, "reduce": nodes}`, a node being a list of `(operation, input)`.
+      architectures: for each name `{"normal": nodes, "reduce": nodes}`, a node being a list of `(operation, input)`, or of
+        `(operation, input, weight)`: what weighs little is faint.
       path: the PNG to write.
     """
-    figure, panels = _figure(14, 4 * len(genotypes), nrows=len(genotypes), ncols=2, squeeze=False)
-    for row, (name, kinds) in zip(panels, genotypes.items(), strict=True):
+    figure, panels = _figure(14, 4 * len(architectures), nrows=len(architectures), ncols=2, squeeze=False)
+    for row, (name, kinds) in zip(panels, architectures.items(), strict=True):
         for axes, (kind, nodes) in zip(row, kinds.items(), strict=True):
             _cell(axes, nodes)
             axes.set_title(f"{name}, {kind} cell", fontsize=9)
     figure.savefig(path, dpi=120)
 
 
-def _cell(axes: Any, nodes: Sequence[Sequence[tuple[str, int]]]) -> None:
+def _cell(axes: Any, nodes: Sequence[Sequence[tuple]]) -> None:
     """One cell, from the two before it on the left to its output on the right."""
     places = [(0.0, 1.2), (0.0, -1.2), *((number + 1.0, 0.0) for number in range(len(nodes) + 1))]
     names = ["k-2", "k-1", *map(str, range(len(nodes))), "k"]
     for number, choices in enumerate(nodes, 2):
-        for operation, source in choices:
+        for operation, source, *weights in choices:
+            label, strength = f"{operation} {weights[0]:.2f}" if weights else operation, weights[0] if weights else 1.0
             bend = {0: -0.2, 1: 0.2}.get(source, -0.5 if number - source > 1 else 0.0)
-            _arrow(axes, places[source], places[number], bend, f"C{PRIMITIVES.index(operation)}", operation)
+            _arrow(axes, places[source], places[number], bend, f"C{PRIMITIVES.index(operation)}", label, strength)
         _arrow(axes, places[number], places[-1], 0.5 if number < len(nodes) + 1 else 0.0, "0.7", "")
     for (x, y), name in zip(places, names, strict=True):
         axes.text(x, y, name, ha="center", va="center", fontsize=9, bbox={"boxstyle": "round", "fc": "white"})
@@ -201,9 +203,18 @@ def _cell(axes: Any, nodes: Sequence[Sequence[tuple[str, int]]]) -> None:
     axes.axis("off")
 
 
-def _arrow(axes: Any, start: tuple[float, float], end: tuple[float, float], bend: float, colour: str, label: str) -> None:
-    """A bent arrow, whose label stands where it is half way."""
+def _arrow(
+    axes: Any,
+    start: tuple[float, float],
+    end: tuple[float, float],
+    bend: float,
+    colour: str,
+    label: str,
+    strength: float = 1.0,
+) -> None:
+    """A bent arrow, whose label stands where it is half way; faint where its strength is small, from 0 to 1."""
     style = {"arrowstyle": "->", "color": colour, "shrinkA": 12, "shrinkB": 12, "connectionstyle": f"arc3,rad={bend}"}
+    style["alpha"] = 0.2 + 0.8 * strength
     axes.annotate("", xy=end, xytext=start, arrowprops=style)
     (x, y), (to_x, to_y) = start, end
     place = (x + to_x + bend * (to_y - y)) / 2, (y + to_y - bend * (to_x - x)) / 2

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jmeta as jm
-from jmeta.architecture import PRIMITIVES, check_genotype, init_alpha, mixture, pairs_of
+from jmeta.architecture import PRIMITIVES, check_genotype, init_alpha, mixture, pairs_of, weighed
 
 
 def test_a_mixture_by_hand(key):
@@ -74,6 +74,7 @@ GOOD = ((("conv_3x3", 0), ("skip_connect", 1)),)
         (((("conv_3x3", 1), ("skip_connect", 1)),), r"normal node 0 must add up different inputs, at least one; got \[1, 1\]"),
         (((),), "must add up different inputs"),
         ((), "at least 1 node"),
+        (((("conv_3x3", True), ("skip_connect", 0)),), "normal node 0 has input True"),
     ],
 )
 def test_impossible_genotypes_are_refused(tmp_path, normal, message):
@@ -83,6 +84,27 @@ def test_impossible_genotypes_are_refused(tmp_path, normal, message):
         jm.derive(jm.Genotype(normal, GOOD), 5)
     (tmp_path / "bad.json").write_text(json.dumps({"normal": normal, "reduce": GOOD}))
     with pytest.raises(ValueError, match=message):
+        jm.load_genotype(tmp_path / "bad.json")
+
+
+@pytest.mark.parametrize("normal", [(("conv_3x3", 0),), ((("conv_3x3", 0, 1), ("skip_connect", 1)),), ((1, 2),)])
+def test_choices_are_pairs(normal):
+    with pytest.raises(ValueError, match=r"derive: normal node 0 must hold \(operation, input\) pairs"):
+        jm.derive(jm.Genotype(normal, GOOD), 5)
+
+
+def test_what_an_operation_weighs_on_its_edge(key):
+    alpha = init_alpha(key, 2)
+    alpha["normal"]["node1"]["ops"] = jnp.zeros((3, 7)).at[1, 4].set(0.1 * np.log(6.0))
+    alpha["normal"]["node1"]["pairs"] = jnp.array([1.0, 0.0, 0.0])
+    found = weighed(alpha, 0.1)
+    assert [(op, source) for op, source, _ in found["normal"][1]] == list(jm.genotype(alpha).normal[1])
+    assert found["normal"][1][1][2] == pytest.approx(0.5)
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "bad.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"load_genotype: .*bad\.json is no text"):
         jm.load_genotype(tmp_path / "bad.json")
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import tyro
 
 from jmeta import builders, checkpoint, presets
-from jmeta.architecture import genotype, save_genotype
+from jmeta.architecture import genotype, save_genotype, weighed
 from jmeta.commands.results import EPISODE_KEY, ROUTING_KEY, norm_of, open_run
 from jmeta.core import MetaLearner, Theta
 from jmeta.evaluate import routing as routes
@@ -73,14 +73,14 @@ def _plot_cells(config: Config, learner: MetaLearner, theta: Theta, folder: Path
 
     if config.method != "metanas":
         raise ValueError(f"plot: {folder} is of method {config.method}, which has no cells to draw; --cells is for metanas.")
-    tasks, found = builders.make_problem(config).test, {"meta-model": genotype(theta.params)}
+    tasks, found = builders.make_problem(config).test, {"meta-model": theta.params}
     for number, key in enumerate(jax.random.split(jax.random.fold_in(jax.random.key(config.seed), EPISODE_KEY)), 1):
         key_task, key_learn = jax.random.split(key)
         support = tasks.draw(key_task).support
-        found[f"task {number}"] = genotype(jax.jit(learner.adapt)(key_learn, theta, support).params)
+        found[f"task {number}"] = jax.jit(learner.adapt)(key_learn, theta, support).params
     paths = [folder / "cells.json", folder / "cells.png", folder / "alphas.png"]
-    checkpoint.write_json(paths[0], {name: own._asdict() for name, own in found.items()})
-    draw.cells({name: own._asdict() for name, own in found.items()}, paths[1])
+    checkpoint.write_json(paths[0], {name: genotype(params)._asdict() for name, params in found.items()})
+    draw.cells({name: weighed(params, builders.COLDEST) for name, params in found.items()}, paths[1])
     draw.shares(folder / "metrics.jsonl", paths[2])
     return paths
 
