@@ -439,16 +439,16 @@ def pruned() -> str:
     return "\n".join(lines)
 
 
-def _metanas() -> list[dict]:
-    """The finished comparisons of `metanas.py`, by set and seed."""
-    found = [json.loads(path.read_text()) for path in (RESULTS / "metanas").glob("*-seed*.json")]
-    return sorted((each for each in found if "gain" in each), key=lambda each: (each["name"], each["steps"], each["seed"]))
-
-
-def _about(found: dict) -> str:
-    """The first cells of a row."""
-    void = f" (void: {', '.join(found['void'])})" if found["void"] else ""
-    return f"{found['name']}, {found['steps']:,} of {found['batch']}{void} | {found['seed']}"
+def _metanas() -> dict[str, list[dict]]:
+    """The finished comparisons of `metanas.py`, those of all seeds of a set."""
+    found = [json.loads(path.read_text()) for path in sorted((RESULTS / "metanas").glob("*-seed*.json"))]
+    groups = defaultdict(list)
+    for each in found:
+        own = each["settings"]
+        void = f" (void: {', '.join(each.get('void', ()))})" if each.get("void") else ""
+        if "adaptation_seconds" in each.get("networks", {}).get("metanas", {}):
+            groups[f"{own['name']}, width {own['channels']}, {own['steps']:,} of {own['batch']}{void}"].append(each)
+    return groups
 
 
 def _percent(pair: list[float], form: str = ".1f") -> str:
@@ -457,10 +457,9 @@ def _percent(pair: list[float], form: str = ".1f") -> str:
 
 
 def metanas() -> str:
-    """MetaNAS beside fixed networks: a row for each network and seed."""
+    """MetaNAS beside fixed networks: a row for each, with all seeds."""
     titles = (
         "set, meta-steps of tasks",
-        "seed",
         "network",
         "width",
         "parameters",
@@ -470,61 +469,69 @@ def metanas() -> str:
         "MetaNAS' gain",
     )
     lines = _head(titles)
-    for found in _metanas():
-        for name, own in found["networks"].items():
-            size = f"{own['parameters']:,}"
-            if name == "metanas":
-                size += f", {found['pruning']['parameters']['mean']:,.0f} a task"
-            gain = found["gain"].get(name)
+    for name, seeds in _metanas().items():
+        for network in seeds[0]["networks"]:
+            own = [each["networks"][network] for each in seeds]
+            sizes = [f"{each['parameters']:,}" for each in own]
+            if network == "metanas":
+                sizes = [
+                    f"{each['pruning']['parameters']['mean']:,.0f} a task, of {size}"
+                    for each, size in zip(seeds, sizes, strict=True)
+                ]
             cells = [
-                str(own["width"]),
-                size,
-                f"{own['inner_rate']:g}",
-                f"{1e3 * own['adaptation_seconds']:.0f}",
-                _percent(own["test"]),
+                ", ".join(dict.fromkeys(str(each["width"]) for each in own)),
+                "; ".join(sizes),
+                ", ".join(dict.fromkeys(f"{each['inner_rate']:g}" for each in own)),
+                ", ".join(f"{1e3 * each['adaptation_seconds']:.0f}" for each in own),
+                ", ".join(_percent(each["test"]) for each in own),
+                ", ".join(_percent(each["gain"][network], "+.1f") for each in seeds) if network != "metanas" else "-",
             ]
-            lines.append(f"| {_about(found)} | {name} | {' | '.join(cells)} | {_percent(gain, '+.1f') if gain else '-'} |")
+            lines.append(f"| {name} | {network} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def metanas_pruned() -> str:
-    """What soft pruning saves and costs the tasks of MetaNAS: a row for each seed."""
+    """What soft pruning saves and costs the tasks of MetaNAS: a row for each seed and way to adapt."""
     names = ("unpruned", "pruned", "at random"), ("pruned - unpruned", "pruned - at random")
-    lines = _head(("set, meta-steps of tasks", "seed", "parameters", "a task's", "share", *names[0], *names[1]))
-    for found in _metanas():
-        own = found["pruning"]
-        size = own["parameters"]
+    lines = _head(("set, meta-steps of tasks", "seed", "adapts with", "parameters", "a task's", "share", *names[0], *names[1]))
+    ways = {"pruning": "what pruning leaves", "pruned afterwards": "all"}
+    for name, found, way in (
+        (name, each, way) for name, seeds in _metanas().items() for each in seeds for way in ways if way in each
+    ):
+        own, size = found[way], found[way]["parameters"]
         sizes = f"{size['all']:,} | {size['mean']:,.0f} ({size['least']:,} to {size['most']:,}) | {size['mean'] / size['all']:.2f}"
-        scores = [_percent(own[name]) for name in names[0]] + [_percent(own[name], "+.1f") for name in names[1]]
-        lines.append(f"| {_about(found)} | {sizes} | {' | '.join(scores)} |")
+        scores = [_percent(own[each]) for each in names[0]] + [_percent(own[each], "+.1f") for each in names[1]]
+        lines.append(f"| {name} | {found['seed']} | {ways[way]} | {sizes} | {' | '.join(scores)} |")
     return "\n".join(lines)
 
 
 def metanas_moved() -> str:
-    """How far alphas go: within a task, and over meta-training."""
+    """How far alphas go, within a task and over meta-training, and how much they decide."""
     names = ("operations", "pairs", "logits", "edges with another operation")
-    lines = _head(("set, meta-steps of tasks", "seed", "where", *names))
-    for found in _metanas():
+    lines = _head(("set, meta-steps of tasks", "seed", "where", *names, "edges decided", "operations below the threshold"))
+    for name, found in ((name, each) for name, seeds in _metanas().items() for each in seeds):
         within, over = found["pruning"]["moved within a task"], found["moved over meta-training"]
-        mean = [f"{within[name][0]:.3f} ({within[name][1]:.3f} to {within[name][2]:.3f})" for name in names]
-        lines.append(f"| {_about(found)} | a task | {' | '.join(mean)} |")
-        lines.append(f"| {_about(found)} | meta-training | {' | '.join(f'{over[name]:.3f}' for name in names)} |")
+        mean = [f"{within[each][0]:.3f} ({within[each][1]:.3f} to {within[each][2]:.3f})" for each in names]
+        lines.append(f"| {name} | {found['seed']} | a task | {' | '.join(mean)} | - | - |")
+        own = [f"{over[each]:.3f}" for each in names[:-1]] + ["-"]
+        own += [f"{found['decided']['meta-model'][each]:.2f}" for each in ("above half", "below the threshold")]
+        lines.append(f"| {name} | {found['seed']} | meta-training | {' | '.join(own)} |")
     return "\n".join(lines)
 
 
 def metanas_cut() -> str:
     """The meta-model without the operations that weigh next to nothing."""
     lines = _head(("set, meta-steps of tasks", "seed", "supernet", "parameters", "operations, x 1e9", "ms to adapt", "accuracy"))
-    for found in (each for each in _metanas() if "cut for good" in each):
-        for name, score in (("whole", found["networks"]["metanas"]["test"]), ("cut", found["cut for good"]["test"])):
-            own = found["cut for good"][name]
+    for name, found in ((name, each) for name, seeds in _metanas().items() for each in seeds if "cut for good" in each):
+        for which, score in (("whole", found["networks"]["metanas"]["test"]), ("cut", found["cut for good"]["test"])):
+            own = found["cut for good"][which]
             cells = (
                 f"{own['parameters']:,}",
                 f"{own['operations'] / 1e9:.2f}",
                 f"{1e3 * own['adaptation_seconds']:.0f}",
                 _percent(score),
             )
-            lines.append(f"| {_about(found)} | {name} | {' | '.join(cells)} |")
+            lines.append(f"| {name} | {found['seed']} | {which} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
