@@ -72,7 +72,7 @@ def mix(temperature: float | Callable[[Any], Any] = 1.0, *, threshold: float = 0
     Args:
       temperature: a number, or a function of the inner step such as `jmeta.anneal(1.0, 0.1, steps=5, every=2)`.
       threshold: weights up to it count as 0 (soft pruning), and the others are left as they are; 0.01 in the paper's training and
-        0.05 in its tests.
+        0.05 in its tests. What counts as 0 is computed all the same: `jmeta.promising` and `jmeta.shrink` make programs smaller.
 
     Returns:
       A rule that gates; chain it with an optimiser.
