@@ -218,7 +218,7 @@ def _make_metanas(config: Config, steps: int | None, masked: Pattern | None) -> 
     model = make_model(config)
     parts: Any = {
         "w": optax.adam(config.inner_rate, b1=0.0),
-        "alpha": optax.chain(optax.add_decayed_weights(ALPHA_DECAY), optax.adam(config.inner_rate, b1=0.0)),
+        "alpha": optax.chain(optax.add_decayed_weights(ALPHA_DECAY), optax.adam(config.alpha_times * config.inner_rate, b1=0.0)),
     }
 
     def learner(turns: int, alone: int, threshold: float, coldest: float) -> MetaLearner:

@@ -124,6 +124,8 @@ class Config:
     """Adam's rate; for reptile and metanas, the part of the way to the adapted parameters."""
     alpha_rate: float = 0.6
     """The part of the way to the adapted alphas, for metanas."""
+    alpha_times: float = 1.0
+    """The inner rate of metanas' alphas over that of the weights; the paper's 1 hardly moves them in a few thousand meta-steps."""
     least_rate: float = 0.0
     """Where a falling outer rate ends."""
     clip: float | None = None
@@ -286,7 +288,7 @@ PRESETS: dict[str, Config] = {
     **_colour("metanas", _METANAS, {**_COLOUR, "filters": 28, "inner_rate": 1e-3, "test_batch": 5}, test_batch=15),
     "metanas-omniglot-20w1s": dataclasses.replace(_METANAS, ways=20, test_batch=10),
     "metanas-omniglot-5w1s": dataclasses.replace(
-        _METANAS, filters=8, reductions=(0, 2), inner_batch=10, test_steps=20, steps=3_000, batch=2, warmup=1_500
+        _METANAS, filters=8, reductions=(0, 2), inner_batch=10, alpha_times=10.0, test_steps=50, steps=3_000, batch=3, warmup=1_500
     ),
     "metanas-glyphs-5w1s": dataclasses.replace(
         _METANAS,
@@ -295,6 +297,7 @@ PRESETS: dict[str, Config] = {
         cells=2,
         reductions=(0, 1),
         inner_batch=10,
+        alpha_times=10.0,
         test_steps=20,
         steps=1_000,
         batch=2,

@@ -128,6 +128,22 @@ def test_a_meta_gradient_is_clipped_where_that_is_asked_for():
         first(clip=0)
 
 
+def test_alphas_have_an_inner_rate_of_their_own():
+    key = jax.random.key(0)
+    support = jm.Batch(jax.random.uniform(key, (5, 28, 28, 1)), np.arange(5))
+
+    def steps(times):
+        config = Config(method="metanas", cells=1, reductions=(0,), filters=2, inner_rate=1e-3, alpha_times=times, unroll=False)
+        learner = builders.make_learner(config, 2)
+        theta = learner.init(key)
+        phi = jax.jit(learner.adapt)(key, theta, support)
+        moved = jax.tree.map(lambda new, old: np.abs(new - old).max(), phi.params, theta.params)
+        return max(jax.tree.leaves(moved["alpha"]))
+
+    assert steps(1.0) == pytest.approx(1e-3, rel=1e-2)  # a single step, of Adam
+    assert steps(10.0) == pytest.approx(1e-2, rel=1e-2)
+
+
 @pytest.mark.parametrize("name", pretrain.PRESETS)
 def test_every_pretraining_preset_makes_its_learner_and_optimiser(name):
     config = dataclasses.replace(pretrain.PRESETS[name], filters=2, gate_filters=2, images=4, sequence=2, remember=3, size=5)
