@@ -196,7 +196,7 @@ def train(name: str, problem: Problem, work: Work, rate: float, width: int, seed
         parts: Any = {"w": falling, "alpha": optax.sgd(ALPHA_RATE)}
         outer = jm.on_params(optax.partition(parts, jm.top_level))
     cells = json.loads(Path(name).read_text()) if name.endswith(".json") else name
-    about = {"network": cells, "rate": rate, "width": width, "seed": seed, **settings(work)}
+    about = {"network": cells, "rate": rate, "width": width, "seed": seed, **settings(work, name)}
     return jm.fit(
         jax.random.fold_in(jax.random.key(seed), TRAIN_KEY),
         learner,
@@ -212,10 +212,11 @@ def train(name: str, problem: Problem, work: Work, rate: float, width: int, seed
     ).theta
 
 
-def settings(work: Work) -> dict[str, Any]:
-    """All that runs of one comparison share."""
-    names = ("TRAIN_SHOTS", "INNER_STEPS", "INNER_BATCH", "TEST_STEPS", "ALPHA_TIMES", "META_RATE", "ALPHA_RATE", "DECAY")
-    names = (*names, "COLDEST", "TRAIN_THRESHOLD", "TEST_THRESHOLD", "SPLIT_SEED")
+def settings(work: Work, kind: str = "metanas") -> dict[str, Any]:
+    """All that runs of one comparison share; for fixed networks without what is told of alphas."""
+    names = ("TRAIN_SHOTS", "INNER_STEPS", "INNER_BATCH", "TEST_STEPS", "META_RATE", "SPLIT_SEED")
+    if kind == "metanas":
+        names += ("ALPHA_TIMES", "ALPHA_RATE", "DECAY", "COLDEST", "TRAIN_THRESHOLD", "TEST_THRESHOLD")
     own = {**dataclasses.asdict(work), "reductions": list(work.reductions)}
     return {**own, **{name.lower(): globals()[name] for name in names}}
 
@@ -249,7 +250,7 @@ def choose(work: Work, asked: argparse.Namespace) -> None:
     problem = make_problem(short)
     for kind in asked.kinds:
         path = rates_file(work, kind)
-        found = begun(path, {"settings": settings(short), "episodes": CHOICE_EPISODES, "seed": CHOICE_SEED})
+        found = begun(path, {"settings": settings(short, kind), "episodes": CHOICE_EPISODES, "seed": CHOICE_SEED})
         name, width = kinds(work)[kind], CHOICE_WIDTHS.get(kind, work.channels)
         for rate in [each for each in RATES if f"{each:g}" not in found.get("rates", {})]:
             theta = train(name, problem, short, rate, width, CHOICE_SEED, asked.runs / f"choice-{short}" / f"{name}-{rate:g}")
