@@ -190,7 +190,6 @@ def learners(name: str, work: Work, rate: float, width: int) -> tuple[jm.MetaLea
 def train(name: str, problem: Problem, work: Work, rate: float, width: int, seed: int, folder: Path) -> jm.Theta:
     """Meta-trains, or goes on, or takes what is there."""
     learner, _ = learners(name, work, rate, width)
-
     outer, half = optax.sgd(optax.linear_schedule(META_RATE, 0.0, work.steps)), work.steps // 2
     if name == "metanas":
         parts: Any = {"w": outer, "alpha": optax.sgd(optax.linear_schedule(ALPHA_RATE, 0.0, work.steps - half, half))}
@@ -249,14 +248,13 @@ def choose(work: Work, asked: argparse.Namespace) -> None:
     short = dataclasses.replace(work, steps=CHOICE_STEPS)
     problem = make_problem(short)
     for kind in asked.kinds:
-        path = rates_file(work, kind)
-        found = begun(path, {"settings": settings(short, kind), "episodes": CHOICE_EPISODES, "seed": CHOICE_SEED})
+        path, found = rates_of(work, kind)
         name, width = kinds(work)[kind], CHOICE_WIDTHS.get(kind, work.channels)
-        for rate in [each for each in RATES if f"{each:g}" not in found.get("rates", {})]:
+        for rate in [each for each in RATES if f"{each:g}" not in found["rates"]]:
             theta = train(name, problem, short, rate, width, CHOICE_SEED, asked.runs / f"choice-{short}" / f"{name}-{rate:g}")
             learner = learners(name, short, rate, width)[1]
             result = scored(learner, theta, problem.valid, CHOICE_EPISODES, CHOICE_SEED, VALID_KEY)
-            found["rates"] = {**found.get("rates", {}), f"{rate:g}": [result.mean, result.interval]}
+            found["rates"][f"{rate:g}"] = [result.mean, result.interval]
             write_json(path, found)
             print(f"{name}, inner rate {rate:g}: {result}", flush=True)
 
@@ -266,15 +264,16 @@ def kinds(work: Work) -> dict[str, str]:
     return {"metanas": "metanas", "conv4": "conv4", "published": work.published}
 
 
-def rates_file(work: Work, kind: str) -> Path:
-    """Where scores of inner rates are kept."""
-    return RESULTS / f"{work.name}-c{work.channels}-rates-{kind}.json"
+def rates_of(work: Work, kind: str) -> tuple[Path, dict[str, Any]]:
+    """Where scores of inner rates are kept, and those that are there."""
+    path, short = RESULTS / f"{work.name}-c{work.channels}-rates-{kind}.json", dataclasses.replace(work, steps=CHOICE_STEPS)
+    found = begun(path, {"settings": settings(short, kind), "episodes": CHOICE_EPISODES, "seed": CHOICE_SEED})
+    return path, {"rates": {}, **found}
 
 
 def chosen(work: Work) -> Callable[[str], float]:
     """The inner rate of a network; derived ones have that of the published one."""
-    files = {kind: rates_file(work, kind) for kind in kinds(work)}
-    found = {kind: json.loads(path.read_text()).get("rates", {}) if path.exists() else {} for kind, path in files.items()}
+    found = {kind: rates_of(work, kind)[1]["rates"] for kind in kinds(work)}
     missing = [kind for kind, own in found.items() if len(own) < len(RATES)]
     if missing:
         raise SystemExit(f"the inner rates of {', '.join(missing)} are not chosen yet; run --choose first.")
@@ -484,7 +483,8 @@ def main() -> None:
     parser.add_argument("--cells", type=int, default=4)
     parser.add_argument("--reductions", type=int, nargs="*", default=[0, 2], help="numbers of the cells that halve the map")
     parser.add_argument("--choose", action="store_true", help="score inner rates, which the other calls then take")
-    parser.add_argument("--kinds", nargs="+", default=["metanas", "conv4", "published"], help="networks to choose rates for")
+    every = ["metanas", "conv4", "published"]
+    parser.add_argument("--kinds", nargs="+", default=every, choices=every, help="networks to choose rates for")
     parser.add_argument("--runs", type=Path, default=Path("runs") / "metanas")
     asked = parser.parse_args()
     if asked.name.startswith("caltech") and caltech() is None:
