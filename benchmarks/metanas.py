@@ -17,7 +17,7 @@ References:
   (https://arxiv.org/abs/1911.11090).
 
 Differs from the paper in: a smaller network that halves its map in other cells, a tenth of the meta-steps with smaller batches,
-outer rates that fall, and alphas whose inner rate is five times that of the weights, since they would hardly move in so few
+outer rates that fall, and alphas whose inner rate is ten times that of the weights, since they would hardly move in so few
 meta-steps; mixtures are annealed to 0.05 in tests too; 10 shots in training; tests adapt alphas and weights 25 times and weights
 25 times more, with all five examples, and predict 75 queries together; no paths are dropped; operations are pruned for good at the
 end alone; the state of the inner optimiser is the mean over tasks that run in parallel.
@@ -50,11 +50,11 @@ from jmeta.models.supernet import operation_sizes
 
 RESULTS = Path(__file__).parent / "results" / "metanas"
 PUBLISHED = {"omniglot": "metanas-omniglot-v2", "caltech": "metanas-mini-imagenet-v2"}  # what was found on such pictures
-RATES = (5e-3, 1e-2, 2e-2)  # inner ones of the weights, to choose from
+RATES = (5e-3, 1e-2)  # inner ones of the weights, to choose from
 CHOICE_STEPS, CHOICE_EPISODES, CHOICE_SEED, CHOICE_WIDTHS = 500, 100, 100, {"conv4": 28, "published": 14}
 TRAIN_SHOTS, INNER_STEPS, INNER_BATCH = 10, 10, 10  # once alphas learn, half of the steps are theirs
 TEST_STEPS = 50  # of the weights; in half of these alphas take a step as well
-ALPHA_TIMES = 5.0  # the inner rate of the alphas over that of the weights
+ALPHA_TIMES = 10.0  # the inner rate of the alphas over that of the weights
 META_RATE, ALPHA_RATE, DECAY = 1.0, 0.6, 1e-3  # the outer ones fall to 0, that of the alphas from where they begin to learn
 COLDEST, TRAIN_THRESHOLD, TEST_THRESHOLD = 0.05, 0.01, 0.05
 EPISODES = 400
