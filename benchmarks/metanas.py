@@ -9,8 +9,8 @@ Every network is trained by Reptile for as many meta-steps on the same classes, 
 are the same, and tested on the same 400 episodes of unseen classes; fixed networks are as wide as it takes to have about as many
 parameters as a task of MetaNAS uses. Then, of MetaNAS: what soft pruning saves and costs a task, against the same parameters
 unpruned and pruned at random to the same size, where the task adapts with what is pruned left out, and where it adapts with all;
-what pruning for good saves; and how far alphas move. Rates are chosen on validation classes, which are the same for all seeds.
-Runs and results are kept and gone on with.
+what operations that were cut for good during meta-training save; and how far alphas move. Rates are chosen on validation classes,
+which are the same for all seeds, after short training in which nothing is cut. Runs and results are kept and gone on with.
 
 References:
   Elsken, Staffler, Metzen, Hutter, Meta-Learning of Neural Architectures for Few-Shot Learning, CVPR 2020
@@ -19,8 +19,8 @@ References:
 Differs from the paper in: a smaller network that halves its map in other cells, a tenth of the meta-steps with smaller batches,
 outer rates that fall, and alphas whose inner rate is ten times that of the weights, since they would hardly move in so few
 meta-steps; mixtures are annealed to 0.05 in tests too; 10 shots in training; tests adapt alphas and weights 25 times and weights
-25 times more, with all five examples, and predict 75 queries together; no paths are dropped; operations are pruned for good at the
-end alone; the state of the inner optimiser is the mean over tasks that run in parallel.
+25 times more, with all five examples, and predict 75 queries together; no paths are dropped; the state of the inner optimiser is
+the mean over tasks that run in parallel.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from sets import CALTECH, TEST_KEY, TRAIN_KEY, VALID_KEY, caltech, photographs  
 
 import jmeta as jm
 from jmeta import plot
-from jmeta.architecture import mixture, weighed
+from jmeta.architecture import GONE, mixture, weighed
 from jmeta.builders import shares
 from jmeta.checkpoint import write_json
 from jmeta.evaluate.cost import alternately, operations
@@ -55,7 +55,8 @@ CHOICE_STEPS, CHOICE_EPISODES, CHOICE_SEED, CHOICE_WIDTHS = 500, 100, 100, {"con
 TRAIN_SHOTS, INNER_STEPS, INNER_BATCH = 10, 10, 10  # once alphas learn, half of the steps are theirs
 TEST_STEPS = 50  # of the weights; in half of these alphas take a step as well
 ALPHA_TIMES = 10.0  # the inner rate of the alphas over that of the weights
-META_RATE, ALPHA_RATE, DECAY = 1.0, 0.6, 1e-3  # the outer ones fall to 0, that of the alphas from where they begin to learn
+META_RATE, ALPHA_RATE, DECAY = 1.0, 0.6, 1e-3  # the outer ones fall to 0
+PARTS = 6  # of the search; between them operations are cut for good, and in the last two the alphas' outer rate falls
 COLDEST, TRAIN_THRESHOLD, TEST_THRESHOLD = 0.05, 0.01, 0.05
 EPISODES = 400
 LEAST = 0.93  # of Reptile's conv4 on Omniglot 5w1s, without which a comparison is void
@@ -90,6 +91,11 @@ class Work:
         """Of an image."""
         side = 84 if self.name.startswith("caltech84") else 28
         return side, side, 1 if self.name.startswith("omniglot") else 3
+
+    @property
+    def parts(self) -> int:
+        """Those of the search; a short one is not cut."""
+        return PARTS if self.steps > CHOICE_STEPS else 1
 
     def __str__(self) -> str:
         """Its name in a result."""
@@ -152,6 +158,13 @@ def searched(model: jm.Model, rate: float, threshold: float = TEST_THRESHOLD) ->
     return searching(model, rate, TEST_STEPS // 2, TEST_STEPS - TEST_STEPS // 2, threshold, testing=True)
 
 
+class Found(NamedTuple):
+    """What was meta-learned, and the operations that are left; all if None, and for a fixed network."""
+
+    theta: jm.Theta
+    space: Any = None
+
+
 def supernet(work: Work, space: Any = None) -> jm.Model:
     """The search space of all runs here, or what is left of it."""
     sizes: Any = {"cells": work.cells, "channels": work.channels, "reductions": work.reductions}
@@ -176,38 +189,91 @@ def width_of(name: str, work: Work, parameters: float) -> int:
     return min(range(4, 129, 2), key=lambda width: abs(size(width) - parameters))
 
 
-def learners(name: str, work: Work, rate: float, width: int) -> tuple[jm.MetaLearner, jm.MetaLearner]:
-    """Of a network, the one that trains and the one that is tested."""
-    if name != "metanas":
-        model = network(name, work, width)
-        return fixed(model, rate, False), fixed(model, rate, True)
-    net = supernet(work)
-    warmup = searching(net, rate, 0, INNER_STEPS, TRAIN_THRESHOLD, testing=False)
-    search = searching(net, rate, INNER_STEPS // 2, 0, TRAIN_THRESHOLD, testing=False)
-    return jm.watched(jm.switch(warmup, search, at=(work.steps // 2,)), shares), searched(net, rate)
+def tested(name: str, work: Work, rate: float, width: int, space: Any) -> jm.MetaLearner:
+    """The learner that a network is tested with."""
+    return searched(supernet(work, space), rate) if name == "metanas" else fixed(network(name, work, width), rate, True)
 
 
-def train(name: str, problem: Problem, work: Work, rate: float, width: int, seed: int, folder: Path) -> jm.Theta:
+def train(name: str, problem: Problem, work: Work, rate: float, width: int, seed: int, folder: Path) -> Found:
     """Meta-trains, or goes on, or takes what is there."""
-    learner, _ = learners(name, work, rate, width)
-    outer, half = optax.sgd(optax.linear_schedule(META_RATE, 0.0, work.steps)), work.steps // 2
     if name == "metanas":
-        parts: Any = {"w": outer, "alpha": optax.sgd(optax.linear_schedule(ALPHA_RATE, 0.0, work.steps - half, half))}
-        outer = jm.on_params(optax.partition(parts, jm.top_level))
+        return search(problem, work, rate, seed, folder)
+    outer = optax.sgd(optax.linear_schedule(META_RATE, 0.0, work.steps))
     cells = json.loads(Path(name).read_text()) if name.endswith(".json") else name
     about = {"network": cells, "rate": rate, "width": width, "seed": seed, **settings(work, name)}
+    learner = fixed(network(name, work, width), rate, False)
+    return Found(fitted(problem, work, learner, outer, work.steps, seed, 0, None, folder, about))
+
+
+def search(problem: Problem, work: Work, rate: float, seed: int, folder: Path) -> Found:
+    """Meta-trains the weights, then alphas and weights in parts, between which operations are cut for good."""
+    half, space = work.steps // 2, None
+    ends = [0, half, *(half + (work.steps - half) * part // work.parts for part in range(1, work.parts + 1))]
+
+    def on(part: int, learner: jm.MetaLearner, theta: jm.Theta | None) -> jm.Theta:
+        about = {"network": "metanas", "rate": rate, "seed": seed, "part": part, **settings(work)}
+        start, end = ends[part : part + 2]
+        outer, own = outer_from(start, work.steps, ends[-min(3, len(ends) - 1)]), folder / f"part{part}"
+        return fitted(problem, work, jm.watched(learner, shares), outer, end - start, seed, part, theta, own, about)
+
+    theta = on(0, searching(supernet(work), rate, 0, INNER_STEPS, TRAIN_THRESHOLD, testing=False), None)
+    for part in range(1, work.parts + 1):
+        before = space
+        if part > 1:
+            space = jm.promising(theta.params, threshold=TRAIN_THRESHOLD, temperature=COLDEST)
+        learner = searching(supernet(work, space), rate, INNER_STEPS // 2, 0, TRAIN_THRESHOLD, testing=False)
+        theta = on(part, learner, theta if space is None else jm.shrink(theta, learner, space, before=before))
+    together(folder, ends)
+    return Found(theta, space)
+
+
+def outer_from(start: int, steps: int, fall: int) -> optax.GradientTransformation:
+    """The outer optimiser of a supernet from one meta-step on; the alphas' rate falls from another on."""
+    rates = {
+        "w": optax.linear_schedule(META_RATE, 0.0, steps),
+        "alpha": optax.linear_schedule(ALPHA_RATE, 0.0, steps - fall, fall),
+    }
+    parts: Any = {name: optax.sgd(lambda count, rate=rate: rate(count + start)) for name, rate in rates.items()}
+    return jm.on_params(optax.partition(parts, jm.top_level))
+
+
+def together(folder: Path, starts: list[int]) -> None:
+    """The metrics of all parts of a search as one file."""
+    rows = []
+    for part, start in enumerate(starts[:-1]):
+        own = [json.loads(line) for line in (folder / f"part{part}" / "metrics.jsonl").read_text().splitlines()]
+        rows += [{**row, "step": row["step"] + start} for row in own]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def fitted(
+    problem: Problem,
+    work: Work,
+    learner: jm.MetaLearner,
+    outer: optax.GradientTransformation,
+    steps: int,
+    seed: int,
+    part: int,
+    theta: jm.Theta | None,
+    folder: Path,
+    about: dict[str, Any],
+) -> jm.Theta:
+    """One run, or a part of one."""
+    key = jax.random.fold_in(jax.random.key(seed), TRAIN_KEY)
     return jm.fit(
-        jax.random.fold_in(jax.random.key(seed), TRAIN_KEY),
+        jax.random.fold_in(key, part) if part else key,
         learner,
         problem.train,
         outer,
-        work.steps,
+        steps,
         work.batch,
+        theta=theta,
         mesh=jm.task_mesh(share(work.batch, jax.device_count())),
         workdir=folder,
         resume=True,
         config=about,
         save_every=250,
+        log_every=50,
     ).theta
 
 
@@ -217,6 +283,8 @@ def settings(work: Work, kind: str = "metanas") -> dict[str, Any]:
     if kind == "metanas":
         names += ("ALPHA_TIMES", "ALPHA_RATE", "DECAY", "COLDEST", "TRAIN_THRESHOLD", "TEST_THRESHOLD")
     own = {**dataclasses.asdict(work), "reductions": list(work.reductions)}
+    if kind == "metanas":
+        own["parts"] = work.parts
     return {**own, **{name.lower(): globals()[name] for name in names}}
 
 
@@ -251,9 +319,9 @@ def choose(work: Work, asked: argparse.Namespace) -> None:
         path, found = rates_of(work, kind)
         name, width = kinds(work)[kind], CHOICE_WIDTHS.get(kind, work.channels)
         for rate in [each for each in RATES if f"{each:g}" not in found["rates"]]:
-            theta = train(name, problem, short, rate, width, CHOICE_SEED, asked.runs / f"choice-{short}" / f"{name}-{rate:g}")
-            learner = learners(name, short, rate, width)[1]
-            result = scored(learner, theta, problem.valid, CHOICE_EPISODES, CHOICE_SEED, VALID_KEY)
+            own = train(name, problem, short, rate, width, CHOICE_SEED, asked.runs / f"choice-{short}" / f"{name}-{rate:g}")
+            learner = tested(name, short, rate, width, own.space)
+            result = scored(learner, own.theta, problem.valid, CHOICE_EPISODES, CHOICE_SEED, VALID_KEY)
             found["rates"][f"{rate:g}"] = [result.mean, result.interval]
             write_json(path, found)
             print(f"{name}, inner rate {rate:g}: {result}", flush=True)
@@ -281,12 +349,13 @@ def chosen(work: Work) -> Callable[[str], float]:
     return lambda name: best.get(name, best["published"])
 
 
-def prunings(problem: Problem, work: Work, theta: jm.Theta, learner: jm.MetaLearner, episodes: int, seed: int) -> Any:
+def prunings(problem: Problem, work: Work, own: Found, learner: jm.MetaLearner, episodes: int, seed: int) -> Any:
     """Of the same adapted parameters: accuracy unpruned, pruned and pruned at random, sizes, and how far the alphas went.
 
-    Also the accuracy of each episode, pruned, which for the learner of the tests is MetaNAS'; episodes are those of `scored`.
+    Also the accuracy of each episode, pruned, which for the learner of the tests is MetaNAS'; episodes are those of `scored`. What
+    was cut for good in training is cut from all three, and "all" counts the weights of a supernet from which nothing was.
     """
-    net = supernet(work)
+    theta, net = own.theta, supernet(work, own.space)
 
     @jax.jit
     def one(key, theta, data):
@@ -294,33 +363,38 @@ def prunings(problem: Problem, work: Work, theta: jm.Theta, learner: jm.MetaLear
         task = problem.test.sample(key_task, data)
         params = learner.adapt(key_learn, theta, task.support).params
         whole, pruned = (mixture(params["alpha"], COLDEST, threshold) for threshold in (0.0, TEST_THRESHOLD))
-        by_chance = at_random(jax.random.fold_in(key, PRUNE_KEY), params, whole, pruned)
+        by_chance = at_random(jax.random.fold_in(key, PRUNE_KEY), operation_sizes(params, space=own.space), whole, pruned)
         outputs = (net.apply({**params, "mixture": each}, task.query.x) for each in (whole, pruned, by_chance))
-        size = jm.sparse_size(params, temperature=COLDEST, threshold=TEST_THRESHOLD)
+        size = jm.sparse_size(params, temperature=COLDEST, threshold=TEST_THRESHOLD, space=own.space)
         return jnp.stack([jm.accuracy(y, task.query.y) for y in outputs]), size, far(theta.params["alpha"], params["alpha"])
 
     key = jax.random.fold_in(jax.random.key(seed), TEST_KEY)
     rows = [jax.device_get(one(jax.random.fold_in(key, number), theta, problem.test.data)) for number in range(episodes)]
     scores, sizes = (np.array([row[column] for row in rows]) for column in range(2))
+    spread = {"mean": float(sizes.mean()), "least": int(sizes.min()), "most": int(sizes.max())}
     moves = {name: [float(row[2][name]) for row in rows] for name in rows[0][2]}
-    whole = sum(leaf.size for leaf in jax.tree.leaves(theta.params["w"]))
     names = ("unpruned", "pruned", "at random")
     found = {
         **{name: interval(column) for name, column in zip(names, scores.T, strict=True)},
         "pruned - unpruned": interval(scores[:, 1] - scores[:, 0]),
         "pruned - at random": interval(scores[:, 1] - scores[:, 2]),
-        "parameters": {"all": whole, "mean": float(sizes.mean()), "least": int(sizes.min()), "most": int(sizes.max())},
+        "parameters": {"all": weights(supernet(work)), "left": weights(net), **spread},
         "moved within a task": {name: [statistics.mean(own), min(own), max(own)] for name, own in moves.items()},
         "episodes": episodes,
     }
     return found, scores[:, 1]
 
 
+def weights(net: jm.Model) -> int:
+    """How many a supernet has."""
+    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(net.init, jax.random.key(0))["w"]))
+
+
 def far(start: Any, end: Any) -> dict[str, jax.Array]:
     """How far alphas are apart.
 
     The weights of operations and of pairs of inputs at the coldest temperature, summed, 2 at most, mean over edges and over nodes
-    with a choice; the logits, mean; and the share of edges whose largest operation is another.
+    with a choice; the logits, mean over what was not cut; and the share of edges whose largest operation is another.
     """
     before, after = nodes(start), nodes(end)
     free = {"ops": list(zip(before, after, strict=True))}
@@ -330,12 +404,13 @@ def far(start: Any, end: Any) -> dict[str, jax.Array]:
         softmax = [[jax.nn.softmax(node[name] / COLDEST) for node in both] for both in free[name]]
         return jnp.concatenate([jnp.abs(a - b).sum(-1).ravel() for a, b in softmax]).mean()
 
-    logits = [jnp.abs(a[name] - b[name]).ravel() for name, own in free.items() for a, b in own]
+    both = [(a[name].ravel(), b[name].ravel()) for name, own in free.items() for a, b in own]
+    logits = jnp.concatenate([jnp.where(b > GONE / 2, jnp.abs(a - b), jnp.nan) for a, b in both])
     changed = [(a["ops"].argmax(-1) != b["ops"].argmax(-1)).ravel() for a, b in free["ops"]]
     return {
         "operations": gap("ops"),
         "pairs": gap("pairs"),
-        "logits": jnp.concatenate(logits).mean(),
+        "logits": jnp.nanmean(logits),
         "edges with another operation": jnp.concatenate(changed).mean(),
     }
 
@@ -346,22 +421,20 @@ def decided(alpha: Any) -> dict[str, float]:
     return {"above half": float((weights.max(-1) > 0.5).mean()), "below the threshold": float((weights < TEST_THRESHOLD).mean())}
 
 
-def for_good(problem: Problem, work: Work, theta: jm.Theta, rate: float, seed: int) -> dict[str, Any]:
-    """What is left once operations that weigh next to nothing are cut out of the meta-model: sizes, work, time; its accuracy."""
-    space = jm.promising(theta.params, threshold=TRAIN_THRESHOLD, temperature=COLDEST)
-    large, less = (searched(supernet(work, each), rate) for each in (None, space))
-    task, both = problem.test.draw(jax.random.key(0)), {"whole": (large, theta), "cut": (less, jm.shrink(theta, less, space))}
-    seconds = alternately([adaptation(learner, problem, at) for learner, at in both.values()])
-    found: dict[str, Any] = {
+def for_good(problem: Problem, work: Work, own: Found, rate: float) -> dict[str, Any]:
+    """What it saves a task that operations were cut for good: sizes, work and time of both supernets."""
+    task, both = problem.test.draw(jax.random.key(0)), {"whole": None, "cut": own.space}
+    learners = {name: searched(supernet(work, space), rate) for name, space in both.items()}
+    starts = {"whole": learners["whole"].init(jax.random.key(0)), "cut": own.theta}
+    seconds = alternately([adaptation(learner, problem, starts[name]) for name, learner in learners.items()])
+    return {
         name: {
-            "parameters": sum(leaf.size for leaf in jax.tree.leaves(at.params["w"])),
-            "operations": operations(lambda at, learner=learner: learner.adapt(jax.random.key(0), at, task.support), at),
+            "parameters": weights(supernet(work, both[name])),
+            "operations": operations(lambda at, learner=learner: learner.adapt(jax.random.key(0), at, task.support), starts[name]),
             "adaptation_seconds": each,
         }
-        for (name, (learner, at)), each in zip(both.items(), seconds, strict=True)
+        for (name, learner), each in zip(learners.items(), seconds, strict=True)
     }
-    score = scored(less, both["cut"][1], problem.test, EPISODES, seed)
-    return {**found, "test": interval(score.each)}
 
 
 def nodes(mixed: dict[str, Any]) -> list[dict[str, jax.Array]]:
@@ -369,12 +442,12 @@ def nodes(mixed: dict[str, Any]) -> list[dict[str, jax.Array]]:
     return [node for kind in ("normal", "reduce") for node in mixed[kind].values()]
 
 
-def at_random(key: jax.Array, params: Any, whole: Any, pruned: Any) -> dict[str, Any]:
+def at_random(key: jax.Array, sizes: Any, whole: Any, pruned: Any) -> dict[str, Any]:
     """The unpruned mixture of operations drawn by lot until they have as many weights as pruning leaves.
 
-    Inputs are those that pruning leaves, with their weights; operations without weights all stay.
+    Inputs are those that pruning leaves, with their weights; operations without weights all stay. `sizes` are those of operations.
     """
-    counts = [jnp.asarray(kind[node, : node + 2]) for kind in operation_sizes(params).values() for node in range(len(kind))]
+    counts = [jnp.asarray(kind[node, : node + 2]) for kind in sizes.values() for node in range(len(kind))]
     there = [jnp.where(own["inputs"][:, None] > 0, count, 0) for count, own in zip(counts, nodes(pruned), strict=True)]
     left = sum((count * (own["ops"] > 0)).sum() for count, own in zip(there, nodes(pruned), strict=True))
     flat = jnp.concatenate([count.ravel() for count in there])
@@ -394,9 +467,9 @@ def at_random(key: jax.Array, params: Any, whole: Any, pruned: Any) -> dict[str,
     }
 
 
-def pictures(problem: Problem, work: Work, theta: jm.Theta, rate: float, seed: int, folder: Path, path: Path) -> dict[str, Any]:
+def pictures(problem: Problem, work: Work, own: Found, rate: float, seed: int, folder: Path, path: Path) -> dict[str, Any]:
     """Draws the cells of the meta-model and of two tasks and the alphas over meta-training; says how far these went."""
-    learner = searched(supernet(work), rate)
+    theta, learner = own.theta, searched(supernet(work, own.space), rate)
     found, keys = {"meta-model": theta.params}, jax.random.split(jax.random.fold_in(jax.random.key(seed), PRUNE_KEY), (2, 2))
     for number, (key_draw, key_learn) in enumerate(keys, 1):
         found[f"task {number}"] = jax.jit(learner.adapt)(key_learn, theta, problem.test.draw(key_draw).support).params
@@ -415,42 +488,41 @@ def compare(work: Work, seed: int, asked: argparse.Namespace) -> None:
     rates = {kind: rate_of(kind) for kind in kinds(work)}
     found = begun(path, {"settings": settings(work), "seed": seed, "rates": rates, "norm": "batch", "episodes": EPISODES})
     problem, runs, rate = make_problem(work), asked.runs / f"{work}-seed{seed}", rate_of("metanas")
-    theta = train("metanas", problem, work, rate, work.channels, seed, runs / "metanas")
+    searched_for = train("metanas", problem, work, rate, work.channels, seed, runs / "metanas")
     if "pruning" not in found:
-        found["pruning"], each = prunings(problem, work, theta, learners("metanas", work, rate, 0)[1], EPISODES, seed)
+        learner = tested("metanas", work, rate, 0, searched_for.space)
+        found["pruning"], each = prunings(problem, work, searched_for, learner, EPISODES, seed)
         np.save(runs / "metanas-test.npy", each)
-        found |= pictures(problem, work, theta, rate, seed, runs / "metanas", path)
+        found |= pictures(problem, work, searched_for, rate, seed, runs / "metanas", path)
         write_json(path, found)
         print({name: found[name] for name in ("pruning", "moved over meta-training", "decided")}, flush=True)
-    own = runs / "genotype.json"
-    if not own.exists():
-        jm.save_genotype(own, jm.genotype(theta.params))
-    names = {"metanas": "metanas", "conv4": "conv4", work.published: work.published, "genotype": str(own)}
+    cells = runs / "genotype.json"
+    if not cells.exists():
+        jm.save_genotype(cells, jm.genotype(searched_for.theta.params))
+    names = {"metanas": "metanas", "conv4": "conv4", work.published: work.published, "genotype": str(cells)}
     timed, found["networks"] = [], found.get("networks", {})
     for label, name in names.items():
         width = work.channels if name == "metanas" else width_of(name, work, found["pruning"]["parameters"]["mean"])
         trained = train(name, problem, work, rate_of(name), width, seed, runs / label)
-        learner = learners(name, work, rate_of(name), width)[1]
-        timed.append((label, learner, trained))
+        learner = tested(name, work, rate_of(name), width, trained.space)
+        timed.append((label, learner, trained.theta))
         if not (runs / f"{label}-test.npy").exists():
-            np.save(runs / f"{label}-test.npy", scored(learner, trained, problem.test, EPISODES, seed).each)
+            np.save(runs / f"{label}-test.npy", scored(learner, trained.theta, problem.test, EPISODES, seed).each)
         test = interval(np.load(runs / f"{label}-test.npy"))
-        size = sum(leaf.size for leaf in jax.tree.leaves(trained.params.get("w", trained.params)))
+        size = sum(leaf.size for leaf in jax.tree.leaves(trained.theta.params.get("w", trained.theta.params)))
         found["networks"][label] = {"inner_rate": rate_of(name), "width": width, "parameters": size, "test": test}
         write_json(path, found)
         print(f"{work}, seed {seed}, {label}: {test[0]:.4f} ± {test[1]:.4f}", flush=True)
     conclude(work, found, {label: np.load(runs / f"{label}-test.npy") for label in names})
-    seconds = alternately([adaptation(learner, problem, trained) for _, learner, trained in timed])
+    seconds = alternately([adaptation(learner, problem, theta) for _, learner, theta in timed])
     for (label, *_), each in zip(timed, seconds, strict=True):
         found["networks"][label]["adaptation_seconds"] = each
+    found["cut for good"] = for_good(problem, work, searched_for, rate)
     write_json(path, found)
     print(found["gain"], found["claims"], found["void"], flush=True)
-    if "cut for good" not in found:
-        found["cut for good"] = for_good(problem, work, theta, rate, seed)
-        write_json(path, found)
     if "pruned afterwards" not in found:
-        unaware = searched(supernet(work), rate, threshold=0.0)
-        found["pruned afterwards"], _ = prunings(problem, work, theta, unaware, EPISODES // 2, seed)
+        unaware = searched(supernet(work, searched_for.space), rate, threshold=0.0)
+        found["pruned afterwards"], _ = prunings(problem, work, searched_for, unaware, EPISODES // 2, seed)
         write_json(path, found)
 
 
