@@ -493,13 +493,16 @@ def metanas() -> str:
 def metanas_pruned() -> str:
     """What soft pruning saves and costs the tasks of MetaNAS: a row for each seed and way to adapt."""
     names = ("unpruned", "pruned", "at random"), ("pruned - unpruned", "pruned - at random")
-    lines = _head(("set, meta-steps of tasks", "seed", "adapts with", "parameters", "a task's", "share", *names[0], *names[1]))
+    lines = _head(
+        ("set, meta-steps of tasks", "seed", "adapts with", "parameters", "after cuts", "a task's", "share", *names[0], *names[1])
+    )
     ways = {"pruning": "what pruning leaves", "pruned afterwards": "all"}
     for name, found, way in (
         (name, each, way) for name, seeds in _metanas().items() for each in seeds for way in ways if way in each
     ):
         own, size = found[way], found[way]["parameters"]
-        sizes = f"{size['all']:,} | {size['mean']:,.0f} ({size['least']:,} to {size['most']:,}) | {size['mean'] / size['all']:.2f}"
+        task = f"{size['mean']:,.0f} ({size['least']:,} to {size['most']:,}) | {size['mean'] / size['all']:.2f}"
+        sizes = f"{size['all']:,} | {size['left']:,} | {task}"
         scores = [_percent(own[each]) for each in names[0]] + [_percent(own[each], "+.1f") for each in names[1]]
         lines.append(f"| {name} | {found['seed']} | {ways[way]} | {sizes} | {' | '.join(scores)} |")
     return "\n".join(lines)
@@ -520,18 +523,12 @@ def metanas_moved() -> str:
 
 
 def metanas_cut() -> str:
-    """The meta-model without the operations that weigh next to nothing."""
-    lines = _head(("set, meta-steps of tasks", "seed", "supernet", "parameters", "operations, x 1e9", "ms to adapt", "accuracy"))
+    """What it saves a task that operations were cut for good."""
+    lines = _head(("set, meta-steps of tasks", "seed", "supernet", "parameters", "operations, x 1e9", "ms to adapt"))
     for name, found in ((name, each) for name, seeds in _metanas().items() for each in seeds if "cut for good" in each):
-        for which, score in (("whole", found["networks"]["metanas"]["test"]), ("cut", found["cut for good"]["test"])):
-            own = found["cut for good"][which]
-            cells = (
-                f"{own['parameters']:,}",
-                f"{own['operations'] / 1e9:.2f}",
-                f"{1e3 * own['adaptation_seconds']:.0f}",
-                _percent(score),
-            )
-            lines.append(f"| {name} | {found['seed']} | {which} | {' | '.join(cells)} |")
+        for which, own in found["cut for good"].items():
+            size, work, time = own["parameters"], own["operations"] / 1e9, 1e3 * own["adaptation_seconds"]
+            lines.append(f"| {name} | {found['seed']} | {which} | {size:,} | {work:.2f} | {time:.0f} |")
     return "\n".join(lines)
 
 
