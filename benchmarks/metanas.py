@@ -202,7 +202,7 @@ def train(name: str, problem: Problem, work: Work, rate: float, width: int, seed
     cells = json.loads(Path(name).read_text()) if name.endswith(".json") else name
     about = {"network": cells, "rate": rate, "width": width, "seed": seed, **settings(work, name)}
     learner = fixed(network(name, work, width), rate, False)
-    return Found(fitted(problem, work, learner, outer, work.steps, seed, 0, None, folder, about))
+    return Found(fitted(training_key(seed), problem, work, learner, outer, work.steps, folder, about))
 
 
 def search(problem: Problem, work: Work, rate: float, seed: int, folder: Path) -> Found:
@@ -214,7 +214,8 @@ def search(problem: Problem, work: Work, rate: float, seed: int, folder: Path) -
         about = {"network": "metanas", "rate": rate, "seed": seed, "part": part, **settings(work)}
         start, end = ends[part : part + 2]
         outer, own = outer_from(start, work.steps, ends[-min(3, len(ends) - 1)]), folder / f"part{part}"
-        return fitted(problem, work, jm.watched(learner, shares), outer, end - start, seed, part, theta, own, about)
+        key = jax.random.fold_in(training_key(seed), part) if part else training_key(seed)
+        return fitted(key, problem, work, jm.watched(learner, shares), outer, end - start, own, about, theta)
 
     theta = on(0, searching(supernet(work), rate, 0, INNER_STEPS, TRAIN_THRESHOLD, testing=False), None)
     for part in range(1, work.parts + 1):
@@ -246,22 +247,25 @@ def together(folder: Path, starts: list[int]) -> None:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def training_key(seed: int) -> jax.Array:
+    """From which a training follows."""
+    return jax.random.fold_in(jax.random.key(seed), TRAIN_KEY)
+
+
 def fitted(
+    key: jax.Array,
     problem: Problem,
     work: Work,
     learner: jm.MetaLearner,
     outer: optax.GradientTransformation,
     steps: int,
-    seed: int,
-    part: int,
-    theta: jm.Theta | None,
     folder: Path,
     about: dict[str, Any],
+    theta: jm.Theta | None = None,
 ) -> jm.Theta:
     """One run, or a part of one."""
-    key = jax.random.fold_in(jax.random.key(seed), TRAIN_KEY)
     return jm.fit(
-        jax.random.fold_in(key, part) if part else key,
+        key,
         learner,
         problem.train,
         outer,
@@ -476,7 +480,7 @@ def pictures(problem: Problem, work: Work, own: Found, rate: float, seed: int, f
     genotypes = {name: jm.genotype(params)._asdict() for name, params in found.items()}
     plot.cells({name: weighed(params, COLDEST) for name, params in found.items()}, path.with_name(f"{path.stem}-cells.png"))
     plot.shares(folder / "metrics.jsonl", path.with_name(f"{path.stem}-alphas.png"))
-    start = learner.init(jax.random.fold_in(jax.random.key(seed), TRAIN_KEY))
+    start = searched(supernet(work), rate).init(training_key(seed))
     moved = {name: float(each) for name, each in far(start.params["alpha"], theta.params["alpha"]).items()}
     settled = {name: decided(params["alpha"]) for name, params in {"start": start.params, **found}.items()}
     return {"genotypes": genotypes, "moved over meta-training": moved, "decided": settled}
