@@ -553,7 +553,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=["omniglot-5w1s", "omniglot-20w1s", "caltech-5w1s", "caltech84-5w1s"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--steps", type=int, default=3000, help="meta-steps, of which the first half leaves the alphas")
+    parser.add_argument("--steps", type=int, default=5000, help="meta-steps, of which the first half leaves the alphas")
     parser.add_argument("--batch", type=int, default=3, help="tasks of a meta-step")
     parser.add_argument("--channels", type=int, default=8, help="of the supernet")
     parser.add_argument("--cells", type=int, default=4)
