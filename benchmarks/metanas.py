@@ -557,7 +557,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=3, help="tasks of a meta-step")
     parser.add_argument("--channels", type=int, default=8, help="of the supernet")
     parser.add_argument("--cells", type=int, default=4)
-    parser.add_argument("--reductions", type=int, nargs="*", default=[0, 2], help="numbers of the cells that halve the map")
+    parser.add_argument("--reductions", type=int, nargs="*", default=[0, 1], help="numbers of the cells that halve the map")
     parser.add_argument("--choose", action="store_true", help="score inner rates, which the other calls then take")
     every = ["metanas", "conv4", "published"]
     parser.add_argument("--kinds", nargs="+", default=every, choices=every, help="networks to choose rates for")
