@@ -41,7 +41,7 @@ from sets import CALTECH, TEST_KEY, TRAIN_KEY, VALID_KEY, caltech, photographs  
 import jmeta as jm
 from jmeta import plot
 from jmeta.architecture import GONE, mixture, weighed
-from jmeta.builders import shares
+from jmeta.builders import alphas
 from jmeta.checkpoint import write_json
 from jmeta.evaluate.cost import alternately, operations
 from jmeta.evaluate.draws import interval
@@ -215,7 +215,17 @@ def search(problem: Problem, work: Work, rate: float, seed: int, folder: Path) -
         start, end = ends[part : part + 2]
         outer, own = outer_from(start, work.steps, ends[-min(3, len(ends) - 1)]), folder / f"part{part}"
         key = jax.random.fold_in(training_key(seed), part) if part else training_key(seed)
-        return fitted(key, problem, work, jm.watched(learner, shares), outer, end - start, own, about, theta)
+        return fitted(
+            key,
+            problem,
+            work,
+            jm.watched(learner, alphas),
+            outer,
+            end - start,
+            own,
+            about,
+            theta,
+        )
 
     theta = on(0, searching(supernet(work), rate, 0, INNER_STEPS, TRAIN_THRESHOLD, testing=False), None)
     for part in range(1, work.parts + 1):
@@ -479,7 +489,7 @@ def pictures(problem: Problem, work: Work, own: Found, rate: float, seed: int, f
         found[f"task {number}"] = jax.jit(learner.adapt)(key_learn, theta, problem.test.draw(key_draw).support).params
     genotypes = {name: jm.genotype(params)._asdict() for name, params in found.items()}
     plot.cells({name: weighed(params, COLDEST) for name, params in found.items()}, path.with_name(f"{path.stem}-cells.png"))
-    plot.shares(folder / "metrics.jsonl", path.with_name(f"{path.stem}-alphas.png"))
+    plot.shares(folder / "metrics.jsonl", path.with_name(f"{path.stem}-alphas.png"), COLDEST)
     start = searched(supernet(work), rate).init(training_key(seed))
     moved = {name: float(each) for name, each in far(start.params["alpha"], theta.params["alpha"]).items()}
     settled = {name: decided(params["alpha"]) for name, params in {"start": start.params, **found}.items()}

@@ -14,7 +14,8 @@ References:
 
 import itertools
 import json
-from collections.abc import Sequence
+import numbers
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,6 +87,55 @@ def init_alpha(key: jax.Array, nodes: int) -> dict[str, Any]:
     }
 
 
+def named(alpha: Any) -> dict[str, jax.Array]:
+    """Alphas as single numbers, by names such as "alpha/normal/node0/ops/1/conv_3x3" and "alpha/normal/node0/pairs/0"."""
+    leaves = jax.tree_util.tree_leaves_with_path({"alpha": alpha})
+    return {
+        "/".join([*(str(key.key) for key in path), *_place(spot)]): leaf[spot]
+        for path, leaf in leaves
+        for spot in np.ndindex(leaf.shape)
+    }
+
+
+def _place(spot: tuple[int, ...]) -> list[str]:
+    return [str(spot[0]), *(PRIMITIVES[op] for op in spot[1:])]
+
+
+def from_named(rows: Sequence[Mapping[str, float]]) -> Any:
+    """What `named` made of alphas, several times: alphas whose leaves have a leading axis `[rows]`.
+
+    Raises:
+      ValueError: there are no rows, or no alphas in them.
+    """
+    nodes = len({name.split("/")[2] for row in rows[:1] for name in row if name.startswith("alpha/")})
+    if not nodes:
+        raise ValueError("the rows hold no alphas. Usual cause: metrics of a run that is not of metanas, or that has not begun.")
+    like = jax.eval_shape(lambda: init_alpha(jax.random.key(0), nodes))
+    names = iter(named(jax.tree.map(lambda leaf: np.zeros(leaf.shape), like)))
+    return jax.tree.map(
+        lambda leaf: np.array([[row[name] for row in rows] for name in itertools.islice(names, leaf.size)]).T.reshape(
+            -1, *leaf.shape
+        ),
+        like,
+    )
+
+
+def alpha_of(name: str, params: Any) -> Any:
+    """The alphas in a supernet's parameters, or the alphas themselves.
+
+    Raises:
+      ValueError: it is neither; `name` begins the message.
+    """
+    if not isinstance(params, Mapping):
+        raise ValueError(
+            f"{name}: the parameters of a supernet, or its alphas, must be a dict, got {type(params).__name__}. Usual cause: a "
+            "Theta; give theta.params."
+        )
+    alpha = params.get("alpha", params)
+    check_alpha(name, alpha)
+    return alpha
+
+
 def check_alpha(name: str, alpha: Any, nodes: int | None = None) -> None:
     """Refuses alphas of another search space.
 
@@ -97,7 +147,9 @@ def check_alpha(name: str, alpha: Any, nodes: int | None = None) -> None:
     Raises:
       ValueError: as said.
     """
-    nodes = len(alpha.get("normal", ())) if nodes is None else nodes
+    if nodes is None:
+        own = alpha.get("normal", ()) if isinstance(alpha, Mapping) else ()
+        nodes = len(own) if isinstance(own, Mapping) else 0
     wanted = jax.tree.map(jnp.shape, jax.eval_shape(lambda: init_alpha(jax.random.key(0), nodes)))
     found = jax.tree.map(jnp.shape, alpha)
     if nodes < 1 or found != wanted:
@@ -107,18 +159,41 @@ def check_alpha(name: str, alpha: Any, nodes: int | None = None) -> None:
         )
 
 
+def check_finite(name: str, alpha: Any) -> None:
+    """Refuses alphas that are not numbers, of which nothing is the largest.
+
+    Raises:
+      ValueError: as said; `name` begins the message.
+    """
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(alpha)):
+        raise ValueError(f"{name}: the alphas hold values that are not finite. Usual cause: training that diverged.")
+
+
+def check_temperature(name: str, temperature: float) -> None:
+    """Refuses a temperature that a softmax cannot have.
+
+    Raises:
+      ValueError: as said; `name` begins the message.
+    """
+    if not temperature > 0:
+        raise ValueError(f"{name}: temperature must be above 0, got {temperature}.")
+
+
 def check_threshold(name: str, threshold: float, alpha: Any) -> None:
-    """Refuses a threshold of soft pruning that alphas which have not moved would not pass: nothing would be left to learn from.
+    """Refuses a threshold of soft pruning below 0, and one that alphas which have not moved would not pass.
+
+    Nothing would be left to learn from.
 
     Raises:
       ValueError: as said; `name` begins the message.
     """
     inputs = max(len(node["ops"]) for nodes in alpha.values() for node in nodes.values())
     choices = max(len(PRIMITIVES), len(pairs_of(inputs)))
-    if threshold >= 1 / choices:
+    if not 0 <= threshold < 1 / choices:
         raise ValueError(
-            f"{name}: threshold must be below 1/{choices}, what each of the {choices} choices weighs while none is preferred, got "
-            f"{threshold}. Usual cause: cells of more nodes, whose last one has more pairs of inputs; lower the threshold."
+            f"{name}: threshold must be at least 0 and below 1/{choices}, what each of the {choices} choices weighs while none is "
+            f"preferred, got {threshold}. Usual cause: cells of more nodes, whose last one has more pairs of inputs; lower "
+            "the threshold."
         )
 
 
@@ -127,7 +202,7 @@ def mixture(alpha: Any, temperature: Any = 1.0, threshold: float = 0.0) -> dict[
 
     Args:
       alpha: of `init_alpha`.
-      temperature: that the logits are divided by; may be traced.
+      temperature: that the logits are divided by, above 0; may be traced, and at 0 all weights are NaN.
       threshold: of the weights of operations and of pairs.
 
     Returns:
@@ -136,7 +211,7 @@ def mixture(alpha: Any, temperature: Any = 1.0, threshold: float = 0.0) -> dict[
 
     def weigh(logits):
         weights = jax.nn.softmax(logits / temperature)
-        return jnp.where(weights > threshold, weights, 0) if threshold else weights
+        return jnp.where(weights <= threshold, 0, weights) if threshold else weights  # what is not a number stays so
 
     def node(own):
         inputs = own["ops"].shape[0]
@@ -153,13 +228,13 @@ def genotype(alpha: Any) -> Genotype:
       alpha: of `init_alpha`, or the parameters of a supernet.
 
     Raises:
-      ValueError: they are alphas of another search space, or none.
+      ValueError: they are alphas of another search space, or none, or not finite.
 
     >>> genotype(init_alpha(jax.random.key(0), 1)).normal[0][0][0] in PRIMITIVES
     True
     """
-    alpha = alpha.get("alpha", alpha)
-    check_alpha("genotype", alpha)
+    alpha = alpha_of("genotype", alpha)
+    check_finite("genotype", alpha)
 
     def choose(own):
         ops, pairs = np.asarray(own["ops"]), np.asarray(own["pairs"])
@@ -177,8 +252,12 @@ def weighed(alpha: Any, temperature: float) -> dict[str, list[list[tuple[str, in
 
     Returns:
       `{kind: [node: [(operation, input, weight), ...]]}`.
+
+    Raises:
+      ValueError: as `genotype`, or the temperature is not above 0.
     """
-    alpha = alpha.get("alpha", alpha)
+    check_temperature("weighed", temperature)
+    alpha = alpha_of("weighed", alpha)
     mixed = mixture(alpha, temperature)
 
     def weight(kind, node, op, source):
@@ -202,6 +281,10 @@ def check_genotype(name: str, genotype: Genotype) -> None:
             "jm.load_genotype reads one."
         )
     for kind, nodes in zip(KINDS, genotype, strict=True):
+        if not all(isinstance(each, Sequence) for each in (nodes, *(nodes if isinstance(nodes, Sequence) else ()))):
+            raise ValueError(
+                f"{name}: {kind} cells must be nodes of (operation, input) pairs, as jm.PUBLISHED has them, got {nodes!r}."
+            )
         if not nodes or len(nodes) != len(genotype.normal):
             raise ValueError(
                 f"{name}: cells need at least 1 node, as many of both kinds; got {len(genotype.normal)} and {len(nodes)}."
@@ -212,9 +295,9 @@ def check_genotype(name: str, genotype: Genotype) -> None:
             for operation, source in choices:
                 if operation not in PRIMITIVES:
                     raise ValueError(f"{name}: {operation!r} in {kind} node {node} is not one of {', '.join(PRIMITIVES)}.")
-                if not isinstance(source, int) or isinstance(source, bool) or not 0 <= source < node + 2:
+                if not isinstance(source, numbers.Integral) or isinstance(source, bool) or not 0 <= source < node + 2:
                     raise ValueError(
-                        f"{name}: {kind} node {node} has input {source!r}, but there are inputs 0 to {node + 1}. Usual cause: "
+                        f"{name}: {kind} node {node} has input {source}, but there are inputs 0 to {node + 1}. Usual cause: "
                         "nodes counted from 0; inputs 0 and 1 are the two cells before, node 0 is input 2."
                     )
             sources = [source for _, source in choices]

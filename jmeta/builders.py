@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from jmeta import losses
-from jmeta.architecture import PRIMITIVES, PUBLISHED, Genotype, load_genotype, mixture, read_genotype
+from jmeta.architecture import PUBLISHED, Genotype, load_genotype, named, read_genotype
 from jmeta.core import Data, MetaLearner, Model, Tasks, Theta, chain, memoise
 from jmeta.learners.cavia import cavia, with_context
 from jmeta.learners.combine import switch, watched
@@ -224,7 +223,7 @@ def _make_metanas(config: Config, steps: int | None, masked: Pattern | None) -> 
     def learner(turns: int, alone: int, threshold: float, coldest: float) -> MetaLearner:
         rows = ((1, 0), (0, 1)) * turns + ((0, 1),) * alone
         turn = lambda_mask(rows, optax.partition(parts, top_level), labels=("alpha", "w"))
-        mixture = mix(anneal(HOTTEST, coldest, max(turns, 1), every=2), threshold=threshold)
+        mixture = mix(anneal(HOTTEST, coldest, turns, every=2) if turns else coldest, threshold=threshold)
         data = _seen(dataclasses.replace(config, inner_steps=len(rows)), None if steps is None else len(rows))
         return reptile(model, losses.xent, chain(mixture, turn), data, unroll=config.unroll, carry_state=True)
 
@@ -234,7 +233,12 @@ def _make_metanas(config: Config, steps: int | None, masked: Pattern | None) -> 
     trained = learner(config.inner_steps, 0, TRAIN_THRESHOLD, coldest)
     if config.warmup:
         trained = switch(learner(0, config.inner_steps, TRAIN_THRESHOLD, HOTTEST), trained, at=(config.warmup,))
-    return watched(trained, shares)
+    return watched(trained, alphas)
+
+
+def alphas(theta: Theta) -> dict[str, jax.Array]:
+    """For the log, all alphas by name."""
+    return named(theta.params["alpha"])
 
 
 def _check_warmup(config: Config) -> None:
@@ -243,19 +247,6 @@ def _check_warmup(config: Config) -> None:
             f"train: warmup must be below steps, got {config.warmup} and {config.steps}: what follows it would never be trained. "
             "Usual cause: a preset's steps made fewer; give --warmup too."
         )
-
-
-def shares(theta: Theta) -> dict[str, jax.Array]:
-    """For the log, what alphas weigh at the lowest temperature in each kind of cell, means over its edges.
-
-    That of each operation; that of an edge's largest operation, 1/7 where nothing is chosen, and of a node's largest input.
-    """
-    mixed = mixture(theta.params["alpha"], COLDEST)
-    weights = {kind: jnp.concatenate([node["ops"] for node in nodes.values()]) for kind, nodes in mixed.items()}
-    means = {f"{kind}/{op}": own[:, number].mean() for kind, own in weights.items() for number, op in enumerate(PRIMITIVES)}
-    inputs = {kind: [node["inputs"].max() for node in nodes.values()] for kind, nodes in mixed.items()}
-    largest = {f"largest operation/{kind}": own.max(1).mean() for kind, own in weights.items()}
-    return {**means, **largest, **{f"largest input/{kind}": jnp.stack(own).mean() for kind, own in inputs.items()}}
 
 
 def with_genotype(config: Config) -> Config:

@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from scipy.special import stdtrit
 
-from jmeta.architecture import KINDS, PRIMITIVES
+from jmeta.architecture import KINDS, PRIMITIVES, from_named, mixture
 
 MOST_TICKS = 16  # of inner steps that are all named
 
@@ -221,26 +222,39 @@ def _arrow(
     axes.text(*place, label, fontsize=7, ha="center", va="center", color=colour, bbox={"fc": "white", "ec": "none", "pad": 1})
 
 
-def shares(metrics: Path, path: Path) -> None:
-    """Draws what each operation weighs in each kind of cell over meta-training, and how far edges and nodes have chosen.
+def shares(metrics: Path, path: Path, temperature: float) -> None:
+    """Draws what each operation weighs in each kind of cell over meta-training, and how far every edge and node has chosen.
 
     Args:
-      metrics: a run's `metrics.jsonl`, with columns such as "normal/conv_3x3" and "largest operation/normal".
+      metrics: a run's `metrics.jsonl`, with all alphas as `jmeta.architecture.named` names them.
       path: the PNG to write.
+      temperature: at which alphas weigh so much.
+
+    Raises:
+      ValueError: the metrics hold no alphas.
     """
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    figure, panels = _figure(17, 4, ncols=3)
-    titles = {f"{kind}/": f"{kind} cells, means over edges" for kind in KINDS} | {
-        "largest": "the largest of each edge or node, means"
-    }
-    for axes, (start, title) in zip(panels, titles.items(), strict=True):
-        for name in [name for name in rows[0] if name.startswith(start)] if rows else ():
-            label = name if start == "largest" else name.split("/")[1]
-            axes.plot([row["step"] for row in rows], [row[name] for row in rows], label=label)
-        axes.set(xlabel="meta-steps", ylabel="weight", title=title)
-        axes.grid(alpha=0.3)
-        if rows:
-            axes.legend(fontsize=7)
+    steps, mixed = [row["step"] for row in rows], jax.vmap(lambda alpha: mixture(alpha, temperature))(from_named(rows))
+    figure, panels = _figure(17, 8, ncols=3, nrows=2)
+    for line, kind in zip(panels, KINDS, strict=True):
+        nodes = mixed[kind].values()
+        weights = np.concatenate([node["ops"] for node in nodes], 1)  # [rows, edges, operations]
+        drawn = {
+            "each operation, means over edges": dict(zip(PRIMITIVES, weights.mean(1).T, strict=True)),
+            "the largest operation of each edge": dict(enumerate(weights.max(-1).T)),
+            "the inputs of each node": {
+                f"input {source} of node {number}": node["inputs"][:, source]
+                for number, node in enumerate(nodes)
+                for source in range(node["inputs"].shape[1])
+            },
+        }
+        for axes, (title, curves) in zip(line, drawn.items(), strict=True):
+            for label, curve in curves.items():
+                axes.plot(steps, curve, label=label)
+            axes.set(xlabel="meta-steps", ylabel=f"weight at temperature {temperature:g}", title=f"{kind} cells: {title}")
+            axes.grid(alpha=0.3)
+            if isinstance(next(iter(curves)), str):
+                axes.legend(fontsize=6)
     figure.savefig(path, dpi=120)
 
 

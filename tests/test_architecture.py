@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jmeta as jm
-from jmeta.architecture import PRIMITIVES, check_genotype, init_alpha, mixture, pairs_of, weighed
+from jmeta.architecture import PRIMITIVES, check_genotype, from_named, init_alpha, mixture, named, pairs_of, weighed
 
 
 def test_a_mixture_by_hand(key):
@@ -34,6 +34,18 @@ def test_alphas_start_near_zero_and_have_the_papers_sizes(key):
     values = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(alpha)])
     assert 0.5e-3 < values.std() < 1.5e-3
     assert len(set(values)) == 146
+
+
+def test_alphas_go_into_rows_of_a_log_and_come_back(key):
+    several = [jax.tree.map(lambda leaf, times=times: times * leaf, init_alpha(key, 3)) for times in (1, 2)]
+    rows = [named(alpha) for alpha in several]
+    ops = several[1]["normal"]["node1"]["ops"]
+    assert rows[1]["alpha/normal/node1/ops/2/conv_3x3"] == ops[2, PRIMITIVES.index("conv_3x3")] and len(rows[0]) == 146
+    assert rows[1]["alpha/reduce/node2/pairs/5"] == several[1]["reduce"]["node2"]["pairs"][5]
+    shuffled = [dict(sorted(row.items(), reverse=True)) for row in rows]
+    jax.tree.map(lambda back, *own: np.testing.assert_array_equal(back, np.stack(own)), from_named(shuffled), *several)
+    with pytest.raises(ValueError, match=r"the rows hold no alphas\. Usual cause: metrics of a run"):
+        from_named([{"step": 1, "loss": 0.0}])
 
 
 def test_a_genotype_takes_the_largest_logits(key):

@@ -4,13 +4,14 @@ import dataclasses
 import json
 import shutil
 
+import chex
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 import jmeta as jm
-from jmeta import builders, presets
+from jmeta import architecture, builders, presets
 from jmeta.commands import adaptation, pictures, training
 
 SMALL = dataclasses.replace(
@@ -36,10 +37,10 @@ def run(tmp_path_factory):
     return training.train(SMALL, tmp_path_factory.mktemp("metanas") / "run")
 
 
-def test_the_log_has_the_weights_of_operations(run):
-    row = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-    for kind in ("normal", "reduce"):
-        assert sum(value for name, value in row.items() if name.startswith(f"{kind}/")) == pytest.approx(1, abs=1e-5)
+def test_the_log_has_all_alphas_and_the_result_what_tasks_use(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    start = jm.load(run)[0].init(jax.random.key(0)).params["alpha"]  # which all three meta-steps began from
+    chex.assert_trees_all_close(jax.tree.map(lambda leaf: leaf[0], architecture.from_named(rows)), start, rtol=1e-5)
     result = json.loads((run / "result.json").read_text())
     sizes = result["task_parameters"]
     assert 0 < sizes["least"] <= sizes["mean"] <= sizes["most"] <= sizes["all"] and sizes["tasks"] == training.SIZED_TASKS
@@ -61,9 +62,11 @@ def test_the_warm_up_leaves_the_alphas(run, tmp_path):
 def test_its_cells_are_drawn_and_its_architecture_is_kept(run, capsys):
     paths = pictures.plot(str(run), cells=True)
     assert [path.name for path in paths] == ["cells.json", "cells.png", "alphas.png"] and all(path.stat().st_size for path in paths)
-    assert list(json.loads(paths[0].read_text())) == ["meta-model", "task 1", "task 2"]
+    drawn = json.loads(paths[0].read_text())
+    found = {name: architecture.read_genotype(json.dumps(each), name) for name, each in drawn.items()}
+    assert list(found) == ["meta-model", "task 1", "task 2"] and len(set(found.values())) == 3  # each task chose its own
     path = pictures.derive(str(run))
-    assert jm.load_genotype(path) == jm.genotype(jm.load(run)[1].params)
+    assert jm.load_genotype(path) == jm.genotype(jm.load(run)[1].params) == found["meta-model"]
     told = capsys.readouterr().out
     assert "parameters at the width of the supernet" in told
     how = f"--dataset glyphs --genotype {path} --cells 1 --reductions 0 --filters 2   trains it"
@@ -72,6 +75,13 @@ def test_its_cells_are_drawn_and_its_architecture_is_kept(run, capsys):
     path.unlink()
     theta = jax.eval_shape(builders.make_learner(config).init, jax.random.key(0))
     assert set(theta.params) == {"stem", "cell0", "head"}
+    drawn = paths[0].read_text()
+    paths[0].write_text(json.dumps(found["task 1"]._asdict()))
+    with pytest.raises(FileExistsError, match=r"plot: .*cells.json holds something else, perhaps a genotype"):
+        pictures.plot(str(run), cells=True)
+    paths[0].write_text(drawn)
+    with pytest.raises(ValueError, match="plot: --routing is for runs of nrml and --cells for runs of metanas"):
+        pictures.plot(str(run), cells=True, routing=True)
 
 
 def test_a_derived_network_is_told_to_train_on_the_same_classes():
@@ -81,6 +91,8 @@ def test_a_derived_network_is_told_to_train_on_the_same_classes():
     how = pictures._retraining(config, "found.json")
     data = "--source 'my pictures' --classes 6 5 5 --without 'a b' --seed 3"
     assert how == f"jmeta train reptile-colour84-5w1s {data} --genotype found.json --filters 8"
+    twenty = pictures._retraining(presets.preset("metanas-omniglot-20w1s"), "found.json")
+    assert twenty.startswith("jmeta train reptile-omniglot-20w1s --genotype found.json --")
     assert "--no-rotate" in pictures._retraining(dataclasses.replace(config, dataset="omniglot", rotate=False), "found.json")
 
 

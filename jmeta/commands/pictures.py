@@ -35,9 +35,15 @@ def plot(run: Annotated[str, tyro.conf.Positional], *, routing: bool = False, ce
 
     Returns:
       The files in the run's folder, PNG but for `routing.json` and `cells.json`; they are written anew.
+
+    Raises:
+      ValueError: both are asked for, or one for a run of another method.
+      FileExistsError: `cells.json` is there and holds something else.
     """
     from jmeta import plot as draw
 
+    if routing and cells:
+        raise ValueError("plot: --routing is for runs of nrml and --cells for runs of metanas; give one of them.")
     folder = Path(run)
     config, learner, theta = open_run(run)
     if routing:
@@ -79,9 +85,11 @@ def _plot_cells(config: Config, learner: MetaLearner, theta: Theta, folder: Path
         support = tasks.draw(key_task).support
         found[f"task {number}"] = jax.jit(learner.adapt)(key_learn, theta, support).params
     paths = [folder / "cells.json", folder / "cells.png", folder / "alphas.png"]
+    if paths[0].exists() and "meta-model" not in json.loads(paths[0].read_text()):
+        raise FileExistsError(f"plot: {paths[0]} holds something else, perhaps a genotype; move it away.")
     checkpoint.write_json(paths[0], {name: genotype(params)._asdict() for name, params in found.items()})
     draw.cells({name: weighed(params, builders.COLDEST) for name, params in found.items()}, paths[1])
-    draw.shares(folder / "metrics.jsonl", paths[2])
+    draw.shares(folder / "metrics.jsonl", paths[2], builders.COLDEST)
     return paths
 
 
@@ -132,7 +140,9 @@ def derive(run: Annotated[str, tyro.conf.Positional], *, out: str | None = None)
 
 def _retraining(config: Config, path: Path) -> str:
     """The command that trains the derived network on the same classes."""
-    name = "reptile-colour84-5w1s" if config.dataset == "colour84" else "reptile-omniglot-5w1s"
+    source = "colour84" if config.dataset == "colour84" else "omniglot"
+    named = f"reptile-{source}-{config.ways}w{config.shots}s"
+    name = named if named in presets.PRESETS else f"reptile-{source}-5w1s"
     wanted, default = dataclasses.replace(config, genotype=str(path)), presets.preset(name)
     words = [name]
     for field in RETRAINED:

@@ -11,6 +11,8 @@ References:
 Differs from the papers in: maps of an odd side are padded where they are halved; no drop-path.
 """
 
+import numbers
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import jax
@@ -24,8 +26,11 @@ from jmeta.architecture import (
     PRIMITIVES,
     Genotype,
     Space,
+    alpha_of,
     check_alpha,
+    check_finite,
     check_genotype,
+    check_temperature,
     check_threshold,
     full_space,
     init_alpha,
@@ -78,7 +83,7 @@ def supernet(
     sizes = {"ways": ways, "cells": cells, "nodes": nodes, "channels": channels}
     layout = Layout(cells, _check("supernet", sizes, reductions, shape, norm), _edges(space, nodes), norm)
 
-    @jax.jit
+    @jax.jit  # one by one, its many small draws take seconds
     def init(key):
         key_alpha, key_weights = jax.random.split(key)
         alpha = _without(init_alpha(key_alpha, nodes), space)
@@ -130,7 +135,7 @@ def derive(
     layout = Layout(cells, halving, _chosen(genotype), norm)
     weights = {kind: _ones(edges, len(genotype.normal)) for kind, edges in layout.edges.items()}
 
-    @jax.jit
+    @jax.jit  # likewise
     def init(key):
         return init_network(key, layout, ways, channels, shape[2], affine=True)
 
@@ -140,23 +145,31 @@ def derive(
     return Model(init, apply, ("stem", *(f"cell{number}" for number in range(cells)), "head"))
 
 
-def discretise(params: Params, genotype: Genotype, model: Model, *, space: Space | None = None) -> Params:
+def discretise(params: Params, genotype: Genotype, *, space: Space | None = None) -> Params:
     """The parameters of a derived network with the weights that a supernet has for the same operations.
 
     Args:
       params: of the supernet.
       genotype: which of its operations are kept.
-      model: `derive(genotype, ...)` with the supernet's sizes.
       space: of the supernet, if some of its operations were pruned for good.
 
     Returns:
-      Parameters of `model`, whose scales are 1 and biases 0 where the supernet has none.
+      Parameters of `derive(genotype, ...)` with the supernet's sizes, whose scales are 1 and biases 0 where the supernet has none.
 
     Raises:
-      ValueError: the supernet is of other sizes, or has no such operation.
+      ValueError: these are not the parameters of a supernet, or it has no such operation.
     """
-    before = _edges(space or full_space(len(genotype.normal)), len(genotype.normal))
-    return _moved("discretise", params["w"], model.init(jax.random.key(0)), before, _chosen(genotype))
+    nodes = len(_alpha_of_whole("discretise", params)["normal"])
+    check_genotype("discretise", genotype)
+    if len(genotype.normal) != nodes:
+        raise ValueError(f"discretise: the genotype has {len(genotype.normal)} nodes a cell, the supernet {nodes}.")
+    own = params["w"]
+    cells = sum(name.startswith("cell") for name in own)
+    halving = tuple(number for number in range(cells) if "reduce" in own[f"cell{number}"])
+    channels, colours = own["cell0"]["input1"]["kernel"].shape[-1], own["stem"]["conv"]["kernel"].shape[2]
+    layout = Layout(cells, halving, _chosen(genotype), "batch")
+    like = init_network(jax.random.key(0), layout, own["head"]["bias"].size, channels, colours, affine=True)
+    return _moved("discretise", own, like, _edges(space or full_space(nodes), nodes), _chosen(genotype))
 
 
 def promising(params: Params, *, threshold: float = 0.01, temperature: float = 0.1) -> Space:
@@ -168,12 +181,14 @@ def promising(params: Params, *, threshold: float = 0.01, temperature: float = 0
       temperature: the last one of `jmeta.anneal`.
 
     Raises:
-      ValueError: the threshold is not from 0 to below 1/7, or the alphas are of another search space.
+      ValueError: the threshold is not from 0 to below 1/7, the temperature is not above 0, or the alphas are of another search
+        space or not finite.
     """
     if not 0 <= threshold < 1 / len(PRIMITIVES):
         raise ValueError(f"promising: threshold must be from 0 to below 1/{len(PRIMITIVES)}, got {threshold}.")
-    alpha = params.get("alpha", params)
-    check_alpha("promising", alpha)
+    check_temperature("promising", temperature)
+    alpha = alpha_of("promising", params)
+    check_finite("promising", alpha)
 
     def left(logits):
         kept = (jax.nn.softmax(logits / temperature) >= threshold) & (logits > GONE / 2)
@@ -195,7 +210,8 @@ def shrink(
 
     Args:
       theta: of the larger one.
-      learner: that of `supernet(..., space=space)`, with the rule and options that theta was trained with.
+      learner: that of `supernet(..., space=space)`, with the rule and options that theta was trained with. What is gone has
+        alphas of -1e9, which steps of Adam leave where they are; plain gradient descent with weight decay wears them off.
       space: the operations that are left, for instance `promising(theta.params)`.
       before: the space of the larger one; all operations if None.
       outer: the outer optimiser, if its state goes along.
@@ -206,11 +222,15 @@ def shrink(
       With `outer`, `(theta, state)`.
 
     Raises:
-      ValueError: the learner is of other sizes, or its space holds operations that were gone before.
+      ValueError: the learner is of other sizes or of another space, the space holds operations that were gone before, or one of
+        `outer` and `state` is given without the other.
     """
+    if (outer is None) != (state is None):
+        raise ValueError(f"shrink: outer and state go together; got {'state' if outer is None else 'outer'} alone.")
     nodes = len(space.normal)
     old, new = _edges(before or full_space(nodes), nodes), _edges(space, nodes)
     like = learner.init(jax.random.key(0))
+    _check_like(theta, like, space)
     small = _moved("shrink", theta, like, old, new)
     small = small._replace(params={**small.params, "alpha": _without(small.params["alpha"], space)})
     return small if outer is None else (small, _moved("shrink", state, outer.init(like._replace(memory=())), old, new))
@@ -231,10 +251,11 @@ def sparse_size(params: Params, *, temperature: float, threshold: float, space: 
       A count, without the alphas.
 
     Raises:
-      ValueError: the alphas are of another search space, or the threshold is so high that none of several equal choices is left.
+      ValueError: the alphas are of another search space, the temperature is not above 0, or the threshold is below 0 or so high
+        that none of several equal choices is left.
     """
-    check_alpha("sparse_size", params["alpha"])
-    check_threshold("sparse_size", threshold, params["alpha"])
+    check_temperature("sparse_size", temperature)
+    check_threshold("sparse_size", threshold, _alpha_of_whole("sparse_size", params))
     mixed = mixture(params["alpha"], temperature, threshold)
     total = jnp.array(sum(leaf.size for leaf in jax.tree.leaves(params["w"])))
     for kind, sizes in operation_sizes(params, space=space).items():
@@ -263,23 +284,55 @@ def operation_sizes(params: Params, *, space: Space | None = None) -> dict[str, 
     return sizes
 
 
+def _alpha_of_whole(name: str, params: Params) -> Any:
+    """The alphas of a supernet's parameters; refuses what has no weights beside them."""
+    alpha = alpha_of(name, params)
+    if "w" not in params:
+        raise ValueError(f"{name}: the parameters have no 'w', but {', '.join(params)}. Usual cause: the alphas alone; give all.")
+    return alpha
+
+
 def _check(
     name: str, sizes: dict[str, int], reductions: tuple[int, ...] | None, shape: tuple[int, ...], norm: str
 ) -> tuple[int, ...]:
     """The cells that halve the map; refuses what cannot be."""
     for argument, size in sizes.items():
+        if not isinstance(size, numbers.Integral):
+            raise ValueError(f"{name}: {argument} must be a whole number, got {size!r}.")
         if size < 1 + (argument == "channels"):
             more = ", since a map is halved by two convolutions" if argument == "channels" else ""
             raise ValueError(f"{name}: {argument} must be at least {1 + bool(more)}{more}, got {size}.")
-    if len(shape) != 3:
-        raise ValueError(f"{name}: shape must be (height, width, channels), got {shape}.")
+    if len(shape) != 3 or min(shape) < 1:
+        raise ValueError(f"{name}: shape must be (height, width, channels), each at least 1, got {shape}.")
     if norm not in get_args(CellNorm):
         raise ValueError(f"{name}: norm must be one of {', '.join(get_args(CellNorm))}, got {norm!r}.")
+    if reductions is not None and not isinstance(reductions, Sequence):
+        raise ValueError(f"{name}: reductions must be a tuple of numbers of cells, such as (1, 3), got {reductions!r}.")
     cells = sizes["cells"]
     halving = tuple(each for each in REDUCTIONS if each < cells) if reductions is None else tuple(reductions)
     if not set(halving) <= set(range(cells)) or len(set(halving)) < len(halving):
-        raise ValueError(f"{name}: reductions must be numbers of the {cells} cells, from 0 to {cells - 1}, got {halving}.")
+        raise ValueError(
+            f"{name}: reductions must be numbers of the {cells} cells, from 0 to {cells - 1} and each once, got {halving}."
+        )
     return halving
+
+
+def _check_like(theta: Theta, like: Theta, space: Space) -> None:
+    """Refuses, for `shrink`, a learner whose network has other cells, or operations other than those of the space."""
+    for given in (theta, like):
+        _alpha_of_whole("shrink", given.params)
+    cells = [sum(name.startswith("cell") for name in each.params["w"]) for each in (theta, like)]
+    if cells[0] != cells[1]:
+        raise ValueError(f"shrink: theta is of {cells[0]} cells, the learner's supernet has {cells[1]}; give it the same sizes.")
+    gone = [
+        jax.tree.map(lambda leaf: np.asarray(leaf < GONE / 2), each)
+        for each in (like.params["alpha"], _without(like.params["alpha"], space))
+    ]
+    if not all(np.array_equal(*each) for each in zip(*map(jax.tree.leaves, gone), strict=True)):
+        raise ValueError(
+            "shrink: the learner's supernet has other operations than the space. Usual cause: a learner of another supernet; make "
+            "it of supernet(..., space=space)."
+        )
 
 
 def _without(alpha: Any, space: Space) -> Any:
@@ -306,13 +359,15 @@ def _chosen(genotype: Genotype) -> Edges:
 def _edges(space: Space, nodes: int) -> Edges:
     """All that a space holds."""
     wanted = [node + 2 for node in range(nodes)]
+    if not isinstance(space, Space):
+        raise ValueError(f"supernet: space must be a jm.Space, such as jm.promising gives, got {type(space).__name__}.")
     for kind, own in space._asdict().items():
         found = [len(inputs) for inputs in own]
         unknown = {op for inputs in own for ops in inputs for op in ops} - set(PRIMITIVES)
-        if found != wanted or unknown or not all(ops for inputs in own for ops in inputs):
+        if found != wanted or unknown or not all(0 < len(ops) == len(set(ops)) for inputs in own for ops in inputs):
             raise ValueError(
-                f"supernet: {nodes} nodes see {wanted} inputs, each with operations of {', '.join(PRIMITIVES)}; the space's {kind} "
-                f"cells have nodes of {found} inputs{f' and {unknown}' if unknown else ''}."
+                f"supernet: {nodes} nodes see {wanted} inputs, each with operations of {', '.join(PRIMITIVES)}, once; the space's "
+                f"{kind} cells have nodes of {found} inputs{f' and {unknown}' if unknown else ''}."
             )
     return {
         kind: ordered(kind, ((op, u, j) for j, inputs in enumerate(own) for u, ops in enumerate(inputs) for op in ops))

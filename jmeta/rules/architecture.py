@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jmeta.architecture import check_threshold, mixture
+from jmeta.architecture import check_alpha, check_temperature, check_threshold, mixture
 from jmeta.core import Rule, memoise
 
 
@@ -58,7 +58,7 @@ def anneal(start: float, end: float, steps: int, *, every: int = 1) -> Anneal:
     >>> [round(float(anneal(1.0, 0.1, 5)(step)), 3) for step in range(6)]
     [1.0, 0.775, 0.55, 0.325, 0.1, 0.1]
     """
-    if start <= 0 or end <= 0:
+    if not (start > 0 and end > 0):
         raise ValueError(f"anneal: temperatures must be above 0, got {start} and {end}.")
     if steps < 1 or every < 1:
         raise ValueError(f"anneal: steps and every must be at least 1, got {steps} and {every}.")
@@ -70,7 +70,7 @@ def mix(temperature: float | Callable[[Any], Any] = 1.0, *, threshold: float = 0
     """Weighs a supernet's operations and pairs of inputs by its alphas, in every forward pass.
 
     Args:
-      temperature: a number, or a function of the inner step such as `jmeta.anneal(1.0, 0.1, steps=5, every=2)`.
+      temperature: a number, or a function of the inner step such as `jmeta.anneal(1.0, 0.1, steps=5, every=2)`, always above 0.
       threshold: weights up to it count as 0 (soft pruning), and the others are left as they are; 0.01 in the paper's training and
         0.05 in its tests. What counts as 0 is computed all the same: `jmeta.promising` and `jmeta.shrink` make programs smaller.
 
@@ -81,9 +81,9 @@ def mix(temperature: float | Callable[[Any], Any] = 1.0, *, threshold: float = 0
       ValueError: the temperature is not above 0 or the threshold below 0; or, when the rule first meets the parameters, they are
         not those of a supernet, or the threshold is so high that nothing is left of choices that weigh the same.
     """
-    if not callable(temperature) and temperature <= 0:
-        raise ValueError(f"mix: temperature must be above 0, got {temperature}.")
-    if threshold < 0:
+    if not callable(temperature):
+        check_temperature("mix", temperature)
+    if not threshold >= 0:
         raise ValueError(f"mix: threshold must be at least 0, got {threshold}.")
 
     def gate(params, *, step, hyper, key):
@@ -92,6 +92,7 @@ def mix(temperature: float | Callable[[Any], Any] = 1.0, *, threshold: float = 0
                 f"mix: the parameters have no 'alpha', but {', '.join(params)}. Usual cause: a network that is no supernet; "
                 "derived ones need no mixture."
             )
+        check_alpha("mix", params["alpha"])
         check_threshold("mix", threshold, params["alpha"])
         now = temperature(step) if callable(temperature) else temperature
         return {**params, "mixture": mixture(params["alpha"], now, threshold)}

@@ -71,6 +71,10 @@ def only(layers: str | tuple[str, ...], rule: Rule | optax.GradientTransformatio
     def among(params, changed):
         return with_layers(params, {name: layer_of(changed, name, "only") for name in names})
 
+    def gate(params, **context):
+        gated = inner.gate(params, **context)
+        return {**among(params, gated), **{name: own for name, own in gated.items() if name not in params}}
+
     def meta(gradient, theta, phi):
         changed = inner.meta(gradient, theta, phi)
         return changed._replace(params=among(gradient.params, changed.params))
@@ -78,7 +82,7 @@ def only(layers: str | tuple[str, ...], rule: Rule | optax.GradientTransformatio
     return inner._replace(
         name="only",
         reset=lambda key, params, support, **context: among(params, inner.reset(key, params, support, **context)),
-        gate=lambda params, **context: among(params, inner.gate(params, **context)),
+        gate=gate,
         update=optax.with_extra_args_support(update),
         meta=meta,
         parts=None,

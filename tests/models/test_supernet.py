@@ -171,22 +171,19 @@ def test_near_temperature_zero_it_is_its_derived_network(key):
         model, params, x = _small(key)
         found = jm.genotype(params)
         cold = jm.mix(1e-4).gate(params, step=0, hyper=(), key=None)
-        sizes = {name: value for name, value in SMALL.items() if name != "nodes"}
-        derived = jm.derive(found, 3, **sizes)
-        plain = jm.discretise(params, found, derived)
+        derived = jm.derive(found, 3, **{name: value for name, value in SMALL.items() if name != "nodes"})
+        plain = jm.discretise(params, found)
         chex.assert_trees_all_equal_shapes(plain, jax.eval_shape(derived.init, key))
         mixed = jax.jit(lambda mixture: model.apply({**params, "mixture": mixture}, x))
         coldest = mixed(cold["mixture"])
         np.testing.assert_allclose(jax.jit(derived.apply)(plain, x), coldest, rtol=1e-9)
         assert not np.allclose(mixed(mixture(params["alpha"], 1.0)), coldest, rtol=1e-3)
-        with pytest.raises(ValueError, match=r"discretise: the supernet has no .*reduce.*Usual cause: other sizes"):
-            jm.discretise(params, found, jm.derive(found, 3, **{**sizes, "reductions": (0, 1)}))
 
 
 def test_pruned_for_good_it_is_smaller_and_computes_the_same(key):
     """Adam's state goes along, the program is shorter, and the logits of what is gone weigh nothing."""
-    make = lambda space: jm.reptile(
-        jm.supernet(3, **SMALL, space=space),
+    make = lambda space, **other: jm.reptile(
+        jm.supernet(3, **{**SMALL, **other}, space=space),
         jm.xent,
         jm.chain(jm.mix(0.1), optax.adam(0.01, b1=0.0)),
         jm.repeat(1),
@@ -238,6 +235,12 @@ def test_pruned_for_good_it_is_smaller_and_computes_the_same(key):
             misread()
     with pytest.raises(ValueError, match=r"shrink: the supernet has no .* any more|has weights of"):
         jm.shrink(shrunk, large, full_space(2), before=space)
+    with pytest.raises(ValueError, match=r"shrink: the learner's supernet has other operations than the space"):
+        jm.shrink(theta, small, fewer)
+    with pytest.raises(ValueError, match=r"shrink: theta is of 3 cells, the learner's supernet has 2"):
+        jm.shrink(theta, make(None, cells=2), full_space(2))
+    with pytest.raises(ValueError, match=r"shrink: outer and state go together; got state alone"):
+        jm.shrink(theta, small, space, state=state)
 
 
 def test_meta_training_goes_on_after_pruning_for_good(key):
@@ -417,19 +420,44 @@ def test_tnas_is_maml_of_first_order_on_a_supernet(key):
             "promising: threshold must be from 0 to below 1/7",
         ),
         (lambda: _apply_others(), "supernet: the alphas must be those of cells of 2 nodes"),
+        (lambda: jm.discretise(_small_params(), jm.PUBLISHED["metanas-omniglot-v2"]), "has 3 nodes a cell, the supernet 1"),
+        (lambda: jm.supernet(5, reductions=(1, 1)), r"from 0 to 3 and each once, got \(1, 1\)"),
+        (lambda: jm.supernet(5, reductions=1), "reductions must be a tuple of numbers of cells, such as .*, got 1"),
+        (lambda: jm.supernet(5, cells=1.5), "cells must be a whole number, got 1.5"),
+        (lambda: jm.supernet(5, shape=(28, 28, 0)), r"shape must be .*, each at least 1, got \(28, 28, 0\)"),
+        (lambda: jm.supernet(5, space="all"), "space must be a jm.Space, such as jm.promising gives, got str"),
+        (lambda: jm.supernet(5, nodes=1, space=_twice()), "each with operations of .*, once; the space's normal cells"),
+        (lambda: jm.promising(_small_params(), temperature=0.0), "promising: temperature must be above 0, got 0.0"),
+        (lambda: jm.promising({"alpha": _spoilt()}), "promising: the alphas hold values that are not finite"),
+        (lambda: jm.genotype(_spoilt()), "genotype: the alphas hold values that are not finite"),
+        (lambda: jm.genotype(jm.Theta(_small_params())), "genotype: .* must be a dict, got Theta. Usual cause: .* theta.params"),
+        (lambda: jm.genotype({"alpha": {}}), "genotype: the alphas must be those of cells"),
         (
-            lambda: jm.discretise(
-                jax.eval_shape(jm.supernet(5, channels=4).init, jax.random.key(0)),
-                jm.PUBLISHED["metanas-omniglot-v2"],
-                jm.derive(jm.PUBLISHED["metanas-omniglot-v2"], 5, channels=6),
-            ),
-            "discretise: .* has shape .* give it the same sizes",
+            lambda: jm.sparse_size(_small_params()["alpha"], temperature=1.0, threshold=0.01),
+            "sparse_size: the parameters have no 'w', but normal, reduce. Usual cause: the alphas alone",
         ),
+        (
+            lambda: jm.sparse_size(_small_params(), temperature=-1.0, threshold=0.01),
+            "sparse_size: temperature must be above 0, got -1.0",
+        ),
+        (lambda: jm.derive(jm.Genotype((5,), ((("conv_3x3", 0),),)), 5), "normal cells must be nodes of .*, got \\(5,\\)"),
     ],
 )
 def test_what_cannot_be_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def _small_params():
+    return jm.supernet(5, cells=1, nodes=1, channels=2).init(jax.random.key(0))
+
+
+def _spoilt():
+    return jax.tree.map(lambda leaf: leaf * jnp.nan, _small_params()["alpha"])
+
+
+def _twice():
+    return jm.Space(*[((("conv_3x3", "conv_3x3"), ("skip_connect",)),)] * 2)
 
 
 def _apply_others():

@@ -24,13 +24,37 @@ def test_the_temperature_falls_within_each_task_and_takes_two_steps_where_two_ta
     assert jm.mix(schedule) is jm.mix(jm.anneal(1.0, 0.1, 5, every=2))
 
 
+def test_a_schedule_that_reaches_zero_is_seen():
+    """What it weighs is not a number, pruned or not; a network that silently weighs nothing would go unnoticed."""
+    params = jm.supernet(5, cells=1, nodes=1, channels=2).init(jax.random.key(0))
+    for threshold in (0.0, 0.01):
+        rule = jm.mix(optax.linear_schedule(1.0, 0.0, 2), threshold=threshold)
+        for step, finite in ((1, True), (2, False)):
+            gated = rule.gate(params, step=step, hyper=(), key=None)["mixture"]
+            assert all(bool(jnp.isfinite(leaf).all()) == finite for leaf in jax.tree.leaves(gated))
+
+
+def test_weights_alone_keep_the_mixture():
+    rule = jm.only("w", jm.chain(jm.mix(0.01), optax.sgd(0.1)))
+    params = jm.supernet(5, cells=1, nodes=1, channels=2).init(jax.random.key(0))
+    gated = rule.gate(params, step=0, hyper=rule.init(params), key=jax.random.key(0))
+    chex.assert_trees_all_equal(gated["mixture"], mixture(params["alpha"], 0.01))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: jm.mix(0.0), "mix: temperature must be above 0"),
+        (lambda: jm.mix(float("nan")), "mix: temperature must be above 0, got nan"),
+        (lambda: jm.mix(threshold=float("nan")), "mix: threshold must be at least 0, got nan"),
+        (lambda: jm.anneal(1.0, float("nan"), 3), "anneal: temperatures must be above 0, got 1.0 and nan"),
+        (lambda: jm.mix().gate({"alpha": jnp.ones(3)}, step=0, hyper=(), key=None), "mix: the alphas must be those of cells"),
         (lambda: jm.mix(threshold=-0.1), "mix: threshold must be at least 0, got -0.1"),
-        (lambda: _gated(0.15, nodes=3), "mix: threshold must be below 1/7, what each of the 7 choices weighs .* got 0.15"),
-        (lambda: _gated(0.05, nodes=6), "mix: threshold must be below 1/21, .*Usual cause: cells of more nodes"),
+        (
+            lambda: _gated(0.15, nodes=3),
+            "mix: threshold must be at least 0 and below 1/7, what each of the 7 choices weighs .* got 0.15",
+        ),
+        (lambda: _gated(0.05, nodes=6), "mix: threshold must be at least 0 and below 1/21, .*Usual cause: cells of more nodes"),
         (lambda: jm.anneal(1.0, 0.0, 5), "anneal: temperatures must be above 0, got 1.0 and 0.0"),
         (lambda: jm.anneal(1.0, 0.1, 0), "anneal: steps and every must be at least 1, got 0 and 1"),
         (lambda: jm.mix().gate({"head": 1}, step=0, hyper=(), key=None), "mix: the parameters have no 'alpha', but head"),
