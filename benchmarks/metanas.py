@@ -527,6 +527,7 @@ def compare(work: Work, seed: int, asked: argparse.Namespace) -> None:
         found["networks"][label] = {"inner_rate": rate_of(name), "width": width, "parameters": size, "test": test}
         write_json(path, found)
         print(f"{work}, seed {seed}, {label}: {test[0]:.4f} ± {test[1]:.4f}", flush=True)
+        jax.clear_caches()  # many compiled programs come to more memory maps than a process may have
     conclude(work, found, {label: np.load(runs / f"{label}-test.npy") for label in names})
     seconds = alternately([adaptation(learner, problem, theta) for _, learner, theta in timed])
     for (label, *_), each in zip(timed, seconds, strict=True):
