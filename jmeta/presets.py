@@ -288,7 +288,7 @@ PRESETS: dict[str, Config] = {
     **_colour("metanas", _METANAS, {**_COLOUR, "filters": 28, "inner_rate": 1e-3, "test_batch": 5}, test_batch=15),
     "metanas-omniglot-20w1s": dataclasses.replace(_METANAS, ways=20, test_batch=10),
     "metanas-omniglot-5w1s": dataclasses.replace(
-        _METANAS, filters=8, reductions=(0, 2), inner_batch=10, alpha_times=5.0, test_steps=50, steps=3_000, batch=3, warmup=1_500
+        _METANAS, filters=8, reductions=(0, 1), inner_batch=10, alpha_times=10.0, test_steps=50, steps=5_000, batch=3, warmup=2_500
     ),
     "metanas-glyphs-5w1s": dataclasses.replace(
         _METANAS,
